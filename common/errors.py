@@ -1,0 +1,56 @@
+"""The one exception tree.
+
+    VisardError
+    |-- ConfigError            a key, value or combination that a run cannot use
+    |-- DataError              faces that cannot be read or used as asked
+    |-- PrivacyError           something that would break the promise to the face owners
+    |   |-- BudgetExhausted    the charge would pass the owner's max_epsilon
+    |   `-- LedgerCorrupt      the ledger on disk cannot be trusted
+    |-- ProtocolError          a message that does not fit the round
+    |   |-- MalformedUpdate    wrong keys, shapes, dtypes or values
+    |   `-- CohortTooSmall     fewer clients answered than the round needs
+    `-- CheckpointError        a run's saved state cannot be read or written
+
+Every message gives the value, the limit and the remedy. What a client sends back is the class name alone: never a path, a count
+or a name (see `client.app`).
+"""
+
+
+class VisardError(Exception):
+    """Base of every error that Visard raises on purpose."""
+
+
+class ConfigError(VisardError):
+    """A key, value or combination that a run cannot use."""
+
+
+class DataError(VisardError):
+    """Faces that cannot be read or used as asked."""
+
+
+class PrivacyError(VisardError):
+    """Something that would break the promise to the face owners."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The charge would pass the owner's max_epsilon. Nothing was computed."""
+
+
+class LedgerCorrupt(PrivacyError):
+    """The ledger on disk cannot be trusted; the client trains no more."""
+
+
+class ProtocolError(VisardError):
+    """A message that does not fit the round."""
+
+
+class MalformedUpdate(ProtocolError):
+    """An update with wrong keys, shapes, dtypes or values."""
+
+
+class CohortTooSmall(ProtocolError):
+    """Fewer clients answered in time than the round needs."""
+
+
+class CheckpointError(VisardError):
+    """A run's saved state cannot be read or written."""
