@@ -1,0 +1,89 @@
+"""The client's Flower app: charge, compute, answer. The one place where errors become replies."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.discriminator import gradient_update
+from client.moments import moment_update
+from client.policy import OwnerPolicy
+from common.errors import VisardError
+from common.faces import FaceDataset, FaceOptions, load_faces
+from common.messages import DiscriminatorUpdate, RoundInstructions, Stage
+from common.privacy.ledger import Ledger
+from common.privacy.randomness import SecureRandom
+from common.privacy.units import PrivacyModel
+
+# Flower keeps codes below 100 for itself.
+REFUSED = 100
+
+log = logging.getLogger("visard.client")
+
+NewRandom = Callable[[RoundInstructions, Context], SecureRandom]
+
+
+def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRandom()) -> ClientApp:
+    """The ClientApp. `new_random` is for tests: the shipped app draws its noise from the operating system alone."""
+    client_app = ClientApp()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            return Message(_answer(message.content, context, new_random), reply_to=message)
+        except VisardError as error:
+            # The owner reads why; the coordinator learns the kind of error and nothing of the data.
+            log.warning("round refused: %s: %s", type(error).__name__, error)
+            return Message(Error(REFUSED, type(error).__name__), reply_to=message)
+        except Exception:
+            log.exception("round failed")
+            return Message(Error(REFUSED, "InternalError"), reply_to=message)
+
+    return client_app
+
+
+def _answer(content: RecordDict, context: Context, new_random: NewRandom) -> RecordDict:
+    policy = OwnerPolicy.from_context(context)
+    instructions = RoundInstructions.from_record(content)
+    policy.check(instructions)
+    update = _private_update if instructions.privacy.privacy_model is not PrivacyModel.NONE else _update
+    vector = update(policy, instructions, new_random(instructions, context))
+    return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector).to_record()
+
+
+def _private_update(policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom) -> np.ndarray:
+    """Charged on the disk before any face is touched; on the disk before it is sent; sent again as it was."""
+    ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta)
+    run = (instructions.run_id, instructions.server_round)
+    sent = ledger.charge(*run, instructions.release, instructions.plan, instructions.digest())
+    if sent is not None:
+        return np.frombuffer(sent, dtype="<f4")
+    vector = _update(policy, instructions, random)
+    ledger.release(*run, vector.astype("<f4").tobytes())
+    return vector
+
+
+def _update(policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom) -> np.ndarray:
+    options = FaceOptions(instructions.model.image_size, instructions.model.channels, policy.crop)
+    faces = open_faces(policy.data, options, policy.state_dir / "cache")
+    compute = moment_update if instructions.stage is Stage.MOMENTS else gradient_update
+    return compute(instructions, faces, random)
+
+
+@lru_cache(maxsize=1024)
+def open_faces(data: str, options: FaceOptions, cache_dir: Path) -> FaceDataset:
+    """This owner's faces, decoded once a process."""
+    return load_faces(data, options, cache_dir=cache_dir)
+
+
+@lru_cache(maxsize=1024)
+def open_ledger(state_dir: Path, max_epsilon: float, delta: float) -> Ledger:
+    """This owner's ledger, parsed once a process; it takes in what other processes write."""
+    return Ledger(state_dir, max_epsilon=max_epsilon, delta=delta)
+
+
+app = create_app()

@@ -1,0 +1,128 @@
+"""The private discriminator step (DP-SGD: Abadi et al. 2016) on the real half of the loss.
+
+Claim, for neighbours that differ in one unit (`common.privacy.units`): `noised_gradient` is one Gaussian mechanism of noise
+multiplier sigma on a Poisson sample of rate q. Each unit enters independently with probability q; what it adds to the sum has L2
+norm at most C (`common.privacy.clipping`); N(0, (sigma C)^2) is added to every coordinate, also when nobody was drawn. Under
+`central` the noise is left to the coordinator, and the claim is about what leaves the coordinator.
+
+Only real faces are clipped here, and in rounds of one step nothing else is computed: fakes never share a sum, or a clip, with faces.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.config import ModelConfig, PrivacyConfig
+from common.device import pick_device
+from common.errors import DataError
+from common.faces import FaceDataset
+from common.gradients import fake_mean, from_uint8, real_sum
+from common.messages import RoundInstructions
+from common.models.discriminators import build_discriminator
+from common.models.flat import get_flat, set_flat
+from common.models.losses import LOSSES
+from common.privacy.randomness import SecureRandom, add_gaussian_noise
+from common.privacy.units import PrivacyModel, PrivacyUnit
+
+
+def gradient_update(instructions: RoundInstructions, faces: FaceDataset, random: SecureRandom) -> np.ndarray:
+    """The vector that answers a gradient round: (d,) float32; see `DiscriminatorUpdate`.
+
+    Raises DataError where the faces have no persons or labels and the round needs them.
+    """
+    discriminator = cached_discriminator(instructions.model)
+    if instructions.discriminator is None:
+        raise ValueError("a gradient round carries the discriminator's parameters")
+    try:
+        set_flat(discriminator, instructions.discriminator.copy())
+    except ValueError as error:
+        raise DataError(f"the coordinator's discriminator does not fit the model it names: {error}") from error
+    if instructions.local_steps == 1:
+        return noised_gradient(discriminator, instructions, faces, random).numpy()
+    return _local_gradient(discriminator, instructions, faces, random)
+
+
+def noised_gradient(
+    discriminator: nn.Module, instructions: RoundInstructions, faces: FaceDataset, random: SecureRandom
+) -> Tensor:
+    """The sum over drawn units of their clipped gradients, noised as the privacy model says: (d,) float32 on the CPU."""
+    privacy, loss = instructions.privacy, LOSSES[instructions.model.loss]
+    indices, units, num_units = draw_units(faces, privacy, random)
+    device = next(discriminator.parameters()).device
+    images = faces.tensor(indices).to(device)
+    labels = class_labels(faces, instructions.model, indices)
+    labels = labels if labels is None else labels.to(device)
+    place = torch.from_numpy(units).to(device)
+    total = real_sum(discriminator, loss, images, labels, place, num_units, privacy)
+    if privacy.privacy_model is not PrivacyModel.LOCAL:
+        return total.cpu()
+    return add_gaussian_noise(total, privacy.noise_multiplier * privacy.max_grad_norm, random)
+
+
+def draw_units(
+    faces: FaceDataset, privacy: PrivacyConfig, random: SecureRandom
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Poisson-sample units at the declared rate, and at most `images_per_person` photographs of each drawn person.
+
+    Returns the image indices (B,), the place 0..U-1 of each image's unit among the drawn ones (B,), contiguous, and U. Where few
+    were drawn by chance, B is small, perhaps 0: it is private and stays here.
+    """
+    members = faces.units(privacy.unit)
+    drawn = random.poisson_sample(len(members), privacy.sample_rate)
+    limit = privacy.images_per_person if privacy.unit is PrivacyUnit.PERSON else 1
+    chosen = [random.choose(members[unit], limit) for unit in drawn]
+    if not chosen:
+        return np.empty(0, np.int64), np.empty(0, np.int64), 0
+    return np.concatenate(chosen), np.repeat(np.arange(len(chosen)), [len(c) for c in chosen]), len(chosen)
+
+
+def class_labels(faces: FaceDataset, model: ModelConfig, indices: np.ndarray) -> Tensor | None:
+    """Labels (B,) int64 for a conditional model, else None. Raises DataError where there are none or they do not fit."""
+    if model.num_classes == 0:
+        return None
+    if faces.labels is None or (len(faces.labels) and int(faces.labels.max()) >= model.num_classes):
+        raise DataError(
+            f"the model is conditional on {model.num_classes} labels and these faces have "
+            f"{'none' if faces.labels is None else f'labels up to {int(faces.labels.max())}'}: set num-classes to fit, 0 for none"
+        )
+    return torch.from_numpy(faces.labels[indices])
+
+
+@lru_cache(maxsize=1)
+def cached_discriminator(model: ModelConfig) -> nn.Module:
+    """One discriminator for all rounds and all simulated clients of a process; the weights come with each round."""
+    discriminator = build_discriminator(
+        model.discriminator,
+        image_size=model.image_size,
+        channels=model.channels,
+        num_classes=model.num_classes,
+        width=model.discriminator_width,
+    )
+    return discriminator.to(pick_device())
+
+
+def _local_gradient(
+    discriminator: nn.Module, instructions: RoundInstructions, faces: FaceDataset, random: SecureRandom
+) -> np.ndarray:
+    """Several SGD steps on both halves of the loss; returns (start - end) / (learning rate * steps), the mean gradient.
+
+    Post-processing of `local_steps` noised sums and of fakes, whose number is the coordinator's and never tied to the draw.
+    """
+    privacy, steps, rate = instructions.privacy, instructions.local_steps, instructions.local_lr
+    loss = LOSSES[instructions.model.loss]
+    if instructions.fakes is None:
+        raise ValueError("rounds of several steps carry fakes")
+    fakes = np.split(instructions.fakes, steps)
+    labels = [None] * steps if instructions.fake_labels is None else np.split(instructions.fake_labels, steps)
+    start = get_flat(discriminator)
+    weights = torch.from_numpy(start.copy())
+    device = next(discriminator.parameters()).device
+    for fake, fake_labels in zip(fakes, labels, strict=True):
+        gradient = noised_gradient(discriminator, instructions, faces, random).div_(privacy.expected_batch)
+        classes = None if fake_labels is None else torch.from_numpy(fake_labels.copy()).to(device)
+        gradient += fake_mean(discriminator, loss, from_uint8(fake).to(device), classes, privacy).cpu()
+        weights -= rate * gradient
+        set_flat(discriminator, weights)
+    return (torch.from_numpy(start) - weights).div_(rate * steps).numpy()

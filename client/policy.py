@@ -1,0 +1,111 @@
+"""What this owner allows: where the faces are, and how much privacy may be spent on them.
+
+It comes from the node's own configuration, never from the run's: the coordinator proposes, the owner disposes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from flwr.app import Context
+
+from common.errors import ConfigError, PrivacyError
+from common.messages import RoundInstructions
+from common.privacy.units import PrivacyModel, PrivacyUnit
+
+
+@dataclass(frozen=True)
+class OwnerPolicy:
+    """The owner's word. Every field has a key of the same name, with dashes, in the node's configuration.
+
+    data: a folder, .npz file or `procedural:...`. state_dir: the ledger and the cache of preprocessed faces. max_epsilon, delta:
+    the budget of this data set over all runs and coordinators. unit: the least that must be protected; `image` allows both units.
+    allow_central: send clear gradient sums to the coordinator, which is trusted to add the noise. allow_non_private: answer rounds
+    without any protection.
+    """
+
+    data: str
+    state_dir: Path
+    max_epsilon: float
+    delta: float = 1e-5
+    unit: PrivacyUnit = PrivacyUnit.PERSON
+    crop: float = 1.0
+    allow_central: bool = False
+    allow_non_private: bool = False
+
+    @classmethod
+    def from_context(cls, context: Context) -> Self:
+        """Read the node's configuration; a node of Flower's simulation engine (`partition-id`, no data) gets its simulated share.
+
+        Raises ConfigError where a key is missing, unknown or out of range.
+        """
+        config = dict(context.node_config)
+        if "data" not in config and "partition-id" in config:
+            config = _simulated(config, context)
+        missing = {"data", "state-dir", "max-epsilon"} - set(config)
+        if missing:
+            raise ConfigError(
+                f"this node's configuration lacks {', '.join(sorted(missing))}: start it with `visard client start`, or give "
+                "flower-supernode a --node-config with these keys"
+            )
+        known = {name.replace("_", "-"): name for name in cls.__dataclass_fields__}
+        unknown = set(config) - set(known) - {"partition-id", "num-partitions"}
+        if unknown:
+            raise ConfigError(f"unknown keys in this node's configuration: {', '.join(sorted(unknown))}; known: {sorted(known)}")
+        values = {known[key]: value for key, value in config.items() if key in known}
+        try:
+            values["state_dir"] = Path(str(values["state_dir"])).expanduser()
+            values["unit"] = PrivacyUnit(values.get("unit", "person"))
+            policy = cls(**values)  # type: ignore[arg-type]
+            in_range = 0 <= float(policy.max_epsilon) < float("inf") and 0 < float(policy.delta) < 0.5
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"this node's configuration has a wrong value: {error}") from error
+        if not in_range or not 0 < policy.crop <= 1:
+            raise ConfigError(
+                f"max-epsilon {policy.max_epsilon} must be finite and not negative, delta {policy.delta} in (0, 0.5), crop "
+                f"{policy.crop} in (0, 1]"
+            )
+        return policy
+
+    def check(self, instructions: RoundInstructions) -> None:
+        """Refuse a round that this owner does not allow. Raises PrivacyError before anything is charged or read."""
+        model, unit = instructions.privacy.privacy_model, instructions.privacy.unit
+        if model is PrivacyModel.NONE and not self.allow_non_private:
+            raise PrivacyError("the coordinator asks for a round without privacy; this owner has not set allow-non-private")
+        if model is PrivacyModel.CENTRAL and not self.allow_central:
+            raise PrivacyError("the coordinator asks for clear gradients (central); this owner has not set allow-central")
+        if model is not PrivacyModel.NONE and self.unit is PrivacyUnit.PERSON and unit is not PrivacyUnit.PERSON:
+            raise PrivacyError(f"the coordinator would protect one {unit} only; this owner asks for unit {self.unit}")
+
+
+def _simulated(config: dict[str, bool | int | float | str], context: Context) -> dict[str, bool | int | float | str]:
+    """A simulated node's share: its own procedural persons, or its own folder where `data` has the placeholder {client}.
+
+    Only a node of Flower's simulation engine gets here: a real node's configuration is written by its owner and names its data.
+    """
+    run, client, clients = context.run_config, int(config["partition-id"]), int(config["num-partitions"])
+    data = str(run["data"])
+    if data.startswith("procedural:"):
+        parameters = dict(item.split("=", 1) for item in data.removeprefix("procedural:").split(",") if item)
+        persons = int(parameters.pop("persons", 200))
+        low, high = persons * client // clients, persons * (client + 1) // clients
+        data = "procedural:" + ",".join(f"{k}={v}" for k, v in {"persons": f"{low}-{high}", **parameters}.items())
+    elif "{client}" in data:
+        data = data.replace("{client}", str(client))
+    else:
+        raise ConfigError(
+            f"data = {data!r}: under `flwr run` a simulated client needs its own faces: procedural:..., or a path with {{client}} "
+            "in it; `visard simulate` deals out one folder"
+        )
+    private = run["privacy-model"] != PrivacyModel.NONE
+    return {
+        **config,
+        "data": data,
+        "state-dir": f"{run.get('runs-dir', 'runs')}/flwr-{context.run_id}/clients/{client}",
+        "max-epsilon": run["epsilon"] if private else 0.0,
+        "delta": run["delta"],
+        "unit": run["unit"],
+        "crop": run["crop"],
+        "allow-central": run["privacy-model"] == PrivacyModel.CENTRAL,
+        "allow-non-private": not private,
+    }

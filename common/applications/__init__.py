@@ -1,0 +1,1 @@
+"""What the finished generator is used for."""

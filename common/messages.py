@@ -1,0 +1,241 @@
+"""What crosses the wire, and its translation to and from Flower's records: the privacy boundary.
+
+Instructions go to the clients; all their fields are public. An update comes back; its vector is the one thing computed from faces,
+and it was noised before it got here, save under `central` (the coordinator adds the noise) and `none`.
+
+Arrays travel as raw little-endian bytes whose dtype, shape and length are checked before a buffer is made of them: Flower's own
+decoder parses headers written by the sender.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from common.config import ModelConfig, PrivacyConfig
+from common.errors import ConfigError, MalformedUpdate, ProtocolError
+from common.privacy.accounting import Release
+from common.privacy.units import PrivacyModel, PrivacyUnit
+
+# No update or set of fakes is larger than this, whatever a message declares.
+MAX_BYTES = 1 << 30
+_DTYPES = {"float32": "<f4", "int64": "<i8", "uint8": "|u1"}
+
+
+class Stage(StrEnum):
+    """What a round asks for: mean features, or gradients of the discriminator."""
+
+    MOMENTS = "moments"
+    GRADIENTS = "gradients"
+
+
+@dataclass(frozen=True)
+class RoundInstructions:
+    """What the coordinator asks of every client in a round. All public.
+
+    run_id: names the run in every client's ledger, 32 hex digits. server_round: from 1. planned_steps: discriminator steps of the
+    whole run, of which this round is a part; it chooses the RDP order before anything is spent and binds nobody.
+    discriminator: (d,) float32 parameters; None in the moment stage. fakes: (n, C, H, W) uint8 and fake_labels: (n,) int64, for
+    rounds of several local steps only, n a multiple of local_steps.
+    """
+
+    run_id: str
+    server_round: int
+    stage: Stage
+    model: ModelConfig
+    privacy: PrivacyConfig
+    moment_rounds: int
+    moment_noise_multiplier: float
+    feature_seed: int
+    planned_steps: int
+    local_steps: int = 1
+    local_lr: float = 0.05
+    discriminator: np.ndarray | None = None
+    fakes: np.ndarray | None = None
+    fake_labels: np.ndarray | None = None
+
+    @property
+    def release(self) -> Release:
+        """What answering costs."""
+        if self.stage is Stage.MOMENTS:
+            return Release("moments", self.moment_noise_multiplier, 1.0)
+        return Release("gradients", self.privacy.noise_multiplier, self.privacy.sample_rate, self.local_steps)
+
+    @property
+    def plan(self) -> list[Release]:
+        """What the whole run is planned to cost."""
+        return planned_releases(
+            self.privacy, self.moment_rounds, self.moment_noise_multiplier, self.planned_steps
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over every field: two instructions with one digest ask for the same thing."""
+        sha = hashlib.sha256(json.dumps(self._scalars(), sort_keys=True).encode())
+        for name, array in self._arrays().items():
+            sha.update(f"{name}{array.dtype}{array.shape}".encode())
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
+
+    def to_record(self) -> RecordDict:
+        """Pack for Flower."""
+        arrays = {name: _pack(array) for name, array in self._arrays().items()}
+        return RecordDict({"instructions": ConfigRecord(self._scalars()), "arrays": ArrayRecord(arrays)})
+
+    @classmethod
+    def from_record(cls, record: RecordDict) -> Self:
+        """Unpack and check. Raises ProtocolError, or ConfigError on a value that no run may have."""
+        scalars, arrays = _records(record, "instructions", ProtocolError)
+        try:
+            values: dict[str, Any] = dict(scalars)
+            model = ModelConfig(**{f.name: values.pop(f"model.{f.name}") for f in dataclasses.fields(ModelConfig)})
+            values["privacy.privacy_model"] = PrivacyModel(values["privacy.privacy_model"])
+            values["privacy.unit"] = PrivacyUnit(values["privacy.unit"])
+            privacy = PrivacyConfig(
+                **{f.name: values.pop(f"privacy.{f.name}") for f in dataclasses.fields(PrivacyConfig)}
+            )
+            values["stage"] = Stage(values["stage"])
+            unpacked = {name: _unpack(name, array, ProtocolError) for name, array in arrays.items()}
+            instructions = cls(model=model, privacy=privacy, **values, **unpacked)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"instructions with missing, unknown or mistyped fields: {error}") from error
+        instructions._check()
+        return instructions
+
+    def _check(self) -> None:
+        def require(condition: bool, problem: str) -> None:
+            if not condition:
+                raise ProtocolError(f"instructions refused: {problem}")
+
+        for f in dataclasses.fields(self):
+            if f.type in (int, float, str):
+                value = getattr(self, f.name)
+                allowed = (int, float) if f.type is float else (f.type,)
+                require(type(value) in allowed, f"{f.name} = {value!r} is not of type {f.type.__name__}")
+        require(len(self.run_id) == 32 and all(c in "0123456789abcdef" for c in self.run_id), "run_id is not 32 hex digits")
+        require(1 <= self.server_round <= 10**8, f"server_round = {self.server_round}")
+        require(1 <= self.local_steps <= 10**4, f"local_steps = {self.local_steps}")
+        require(0 <= self.planned_steps <= 10**9, f"planned_steps = {self.planned_steps}")
+        require(self.moment_rounds in (0, 1), f"moment_rounds = {self.moment_rounds}")
+        require(math.isfinite(self.local_lr) and self.local_lr > 0, f"local_lr = {self.local_lr}")
+        require(math.isfinite(self.moment_noise_multiplier), f"moment_noise_multiplier = {self.moment_noise_multiplier}")
+        require(0 <= self.feature_seed <= 2**31, f"feature_seed = {self.feature_seed}")
+        if self.privacy.privacy_model is not PrivacyModel.NONE:
+            require(self.release.noise_multiplier > 0, "a private round without noise")
+        if self.privacy.privacy_model is PrivacyModel.CENTRAL:
+            require(self.local_steps == 1, "several local steps under the central model")
+        if self.stage is Stage.MOMENTS:
+            require(self.discriminator is None and self.fakes is None, "networks or fakes in the moment stage")
+            return
+        require(self.discriminator is not None and self.discriminator.ndim == 1, "no flat discriminator")
+        require(bool(np.isfinite(self.discriminator).all()), "a discriminator that is not finite")
+        require((self.local_steps > 1) == (self.fakes is not None), "fakes go with several local steps, and only with them")
+        if self.fakes is not None:
+            expected = (self.model.channels, self.model.image_size, self.model.image_size)
+            require(self.fakes.dtype == np.uint8 and self.fakes.shape[1:] == expected, f"fakes of shape {self.fakes.shape}")
+            require(len(self.fakes) % self.local_steps == 0 and len(self.fakes) > 0, f"{len(self.fakes)} fakes")
+            require((self.fake_labels is not None) == (self.model.num_classes > 0), "fakes and labels that do not match")
+        if self.fake_labels is not None:
+            labels, classes = self.fake_labels, self.model.num_classes
+            require(self.fakes is not None and labels.shape == (len(self.fakes),), "labels without their fakes")
+            require(bool(((labels >= 0) & (labels < classes)).all()), f"labels outside 0..{classes - 1}")
+
+    def _scalars(self) -> dict[str, Any]:
+        scalars: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if dataclasses.is_dataclass(value):
+                for inner in dataclasses.fields(value):
+                    item = getattr(value, inner.name)
+                    scalars[f"{f.name}.{inner.name}"] = str(item) if isinstance(item, StrEnum) else item
+            elif isinstance(value, StrEnum):
+                scalars[f.name] = str(value)
+            elif isinstance(value, int | float | str):
+                scalars[f.name] = value
+        return scalars
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        named = {"discriminator": self.discriminator, "fakes": self.fakes, "fake_labels": self.fake_labels}
+        return {name: array for name, array in named.items() if array is not None}
+
+
+@dataclass(frozen=True)
+class DiscriminatorUpdate:
+    """A client's answer.
+
+    vector, float32: in the moment stage the sum of clipped feature vectors, (num_classes or 1) * dim; with one local step the sum of
+    the clipped gradients of the real half of the loss, (d,); with several, the mean gradient of both halves along the steps, (d,).
+    """
+
+    run_id: str
+    server_round: int
+    vector: np.ndarray
+
+    def to_record(self) -> RecordDict:
+        """Pack for Flower."""
+        scalars = ConfigRecord({"run_id": self.run_id, "server_round": self.server_round})
+        return RecordDict({"update": scalars, "arrays": ArrayRecord({"vector": _pack(self.vector)})})
+
+    @classmethod
+    def from_record(cls, record: RecordDict, instructions: RoundInstructions, dimension: int) -> Self:
+        """Unpack and check against the round that was asked for. Raises MalformedUpdate."""
+        scalars, arrays = _records(record, "update", MalformedUpdate)
+        if set(scalars) != {"run_id", "server_round"} or set(arrays) != {"vector"}:
+            raise MalformedUpdate(f"keys {sorted(scalars)} and {sorted(arrays)}: want run_id, server_round and vector")
+        asked = (instructions.run_id, instructions.server_round)
+        if (scalars["run_id"], scalars["server_round"]) != asked:
+            raise MalformedUpdate(f"an answer to round {scalars['server_round']}, not to round {asked[1]}")
+        vector = _unpack("vector", arrays["vector"], MalformedUpdate, dtype="float32", shape=(dimension,))
+        if not np.isfinite(vector).all():
+            raise MalformedUpdate("the vector has values that are not finite")
+        return cls(*asked, vector)
+
+
+def planned_releases(
+    privacy: PrivacyConfig, moment_rounds: int, moment_noise_multiplier: float, planned_steps: int
+) -> list[Release]:
+    """The releases of a whole run at one client."""
+    moments = [Release("moments", moment_noise_multiplier, 1.0)] * moment_rounds
+    steps = Release("gradients", privacy.noise_multiplier, privacy.sample_rate, planned_steps)
+    return [*moments, steps] if planned_steps else moments
+
+
+def _records(record: RecordDict, name: str, error: type[ProtocolError]) -> tuple[ConfigRecord, ArrayRecord]:
+    scalars, arrays = record.get(name), record.get("arrays")
+    if set(record) != {name, "arrays"} or not isinstance(scalars, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise error(f"records {sorted(record)}: want {name!r} (ConfigRecord) and 'arrays' (ArrayRecord)")
+    return scalars, arrays
+
+
+def _pack(array: np.ndarray) -> Array:
+    little_endian = np.ascontiguousarray(array, dtype=_DTYPES[str(array.dtype)])
+    return Array(dtype=str(array.dtype), shape=array.shape, stype="visard.raw", data=little_endian.tobytes())
+
+
+def _unpack(
+    name: str,
+    array: Array,
+    error: type[ProtocolError],
+    *,
+    dtype: str | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    declared = tuple(array.shape)
+    if array.stype != "visard.raw" or array.dtype not in _DTYPES:
+        raise error(f"{name}: serialised as {array.stype!r} of {array.dtype!r}; want visard.raw of {sorted(_DTYPES)}")
+    if (dtype and array.dtype != dtype) or (shape and declared != shape):
+        raise error(f"{name}: {array.dtype} of shape {declared}; want {dtype} of shape {shape}")
+    if not all(isinstance(side, int) and side >= 0 for side in declared) or len(declared) > 4:
+        raise error(f"{name}: impossible shape {declared}")
+    wire = np.dtype(_DTYPES[array.dtype])
+    size = math.prod(declared) * wire.itemsize
+    if size != len(array.data) or size > MAX_BYTES:
+        raise error(f"{name}: {len(array.data)} bytes for a shape of {size}; the limit is {MAX_BYTES}")
+    return np.frombuffer(array.data, dtype=wire).reshape(declared)

@@ -1,0 +1,47 @@
+"""From a budget to a noise: what a run's schedule costs."""
+
+import dataclasses
+
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.messages import planned_releases
+from common.privacy.accounting import Release, calibrate_noise_multiplier, epsilon_of
+from common.privacy.units import PrivacyModel
+
+
+def planned_steps(config: RunConfig) -> int:
+    """Discriminator steps of a whole run."""
+    return config.training.num_rounds * config.training.local_steps
+
+
+def run_releases(config: RunConfig) -> list[Release]:
+    """The releases of a whole run at one client; none without a privacy model."""
+    if config.privacy.privacy_model is PrivacyModel.NONE:
+        return []
+    moments = config.moments
+    return planned_releases(
+        config.privacy, moments.moment_rounds, moments.moment_noise_multiplier, planned_steps(config)
+    )
+
+
+def with_noise(config: RunConfig) -> RunConfig:
+    """The configuration with the noise multiplier that its epsilon, delta and schedule ask for.
+
+    A noise multiplier that is given is kept, and checked. Raises ConfigError where the budget cannot hold the schedule.
+    """
+    privacy, moments = config.privacy, config.moments
+    if privacy.privacy_model is PrivacyModel.NONE:
+        return dataclasses.replace(config, privacy=dataclasses.replace(privacy, noise_multiplier=0.0))
+    if privacy.noise_multiplier == 0:
+        fixed = [Release("moments", moments.moment_noise_multiplier, 1.0)] * moments.moment_rounds
+        sigma = calibrate_noise_multiplier(
+            privacy.epsilon, privacy.delta, privacy.sample_rate, planned_steps(config), fixed
+        )
+        config = dataclasses.replace(config, privacy=dataclasses.replace(privacy, noise_multiplier=sigma))
+    cost = epsilon_of(run_releases(config), privacy.delta)
+    if cost > privacy.epsilon:
+        raise ConfigError(
+            f"noise-multiplier {privacy.noise_multiplier:g} over {planned_steps(config)} steps costs epsilon {cost:.4g}, over the "
+            f"budget {privacy.epsilon:g}: raise it, or epsilon, or give 0 to have it calibrated"
+        )
+    return config

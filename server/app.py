@@ -1,0 +1,52 @@
+"""The coordinator's Flower app: parse, build, call `coordinate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.privacy.planner import with_noise
+from server.checkpoint import CheckpointStore, CoordinatorState
+from server.coordinator import Observer, coordinate
+from server.exchange import Exchange
+from server.progress import PlainProgress
+from server.records import RunRecorder
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run under Flower (`flwr run`): a fresh run in `runs-dir`, named after Flower's run id."""
+    flat = dict(context.run_config)
+    directory = Path(str(flat.pop("runs-dir", "runs"))).expanduser() / f"flwr-{context.run_id}"
+    picture = run(grid, open_run(directory, RunConfig.from_flat(flat)), directory, [PlainProgress()])
+    print(f"pictures and the generator are in {picture.parent.parent}")
+
+
+def open_run(directory: Path, config: RunConfig | None) -> CoordinatorState:
+    """A fresh state for `config` with its noise calibrated, or for None the state of the interrupted run in `directory`.
+
+    Raises ConfigError where a fresh run would overwrite another, CheckpointError where there is nothing to resume.
+    """
+    if config is None:
+        return CheckpointStore(directory).load()
+    if CheckpointStore(directory).path.exists():
+        raise ConfigError(f"{directory} holds a run already: continue it with --resume, or give another --name")
+    return CoordinatorState.fresh(with_noise(config))
+
+
+def run(grid: Grid, state: CoordinatorState, directory: Path, observers: Sequence[Observer] = ()) -> Path:
+    """Train to the end, writing all of `runs/NAME/`. Returns the path of the last picture."""
+    directory.mkdir(parents=True, exist_ok=True)
+    recorder = RunRecorder(directory, state)
+    coordinate(
+        state,
+        Exchange(grid, state.config.training),
+        CheckpointStore(directory),
+        [recorder, *observers],
+    )
+    return recorder.finish(state)

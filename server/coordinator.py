@@ -1,0 +1,190 @@
+"""THE MAIN LOOP of the coordinator: start reading here.
+
+A run is one moment round (unless switched off), the generator's fit to what it released, and the adversarial rounds. In each of these
+the clients answer with noised gradients of their discriminator on real faces; the coordinator adds the fakes' half, takes one Adam step,
+and every few rounds one generator step. All of the latter is post-processing. The state is on the disk before instructions leave: a
+coordinator that crashes asks the same again, and clients that had answered send the same bytes again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from common.config import RunConfig
+from common.device import pick_device
+from common.gradients import fake_mean, to_uint8
+from common.messages import RoundInstructions, Stage
+from common.models.features import RandomFeatures
+from common.models.flat import get_flat, num_parameters, split_flat
+from common.models.losses import LOSSES
+from common.privacy.planner import planned_steps
+from common.privacy.randomness import SecureRandom
+from common.privacy.units import PrivacyModel
+from server.aggregation import average
+from server.checkpoint import CheckpointStore, CoordinatorState
+from server.exchange import Exchange
+from server.generator import GeneratorTrainer
+
+# Seconds between two checkpoints of the moment stage's fit.
+_FIT_CHECKPOINT_S = 10.0
+
+
+class Observer(Protocol):
+    """Whoever watches a run: records, pictures, progress. Sees noisy updates, fakes and public data only."""
+
+    def fit_stepped(self, state: CoordinatorState) -> None:
+        """A generator step of the moment stage is done."""
+
+    def round_ended(self, state: CoordinatorState) -> None:
+        """A round is done and on the disk; its figures are in `state.last`."""
+
+
+def coordinate(
+    state: CoordinatorState,
+    exchange: Exchange,
+    store: CheckpointStore,
+    observers: Sequence[Observer],
+    new_random: Callable[[CoordinatorState], SecureRandom] = lambda _state: SecureRandom(),
+) -> None:
+    """Run `state` to its end, from wherever it is. `new_random` is for tests.
+
+    Raises CohortTooSmall or CheckpointError; the checkpoint then holds all that was achieved.
+    """
+    trainer = GeneratorTrainer(state)
+    config = state.config
+    store.save(state)
+    for server_round in range(state.next_round, state.last_round + 1):
+        if state.fitting:
+            fit_moments(state, trainer, store, observers)
+        began = time.monotonic()
+        instructions = instructions_for(state, server_round, trainer)
+        gradient = collect(state, exchange, instructions, new_random(state))
+        if instructions.stage is Stage.MOMENTS:
+            state.moment_target = gradient.view(max(config.model.num_classes, 1), -1)
+            state.last = {}
+        else:
+            state.last = discriminator_step(state, trainer, instructions, gradient)
+            if state.rounds_since_generator_step >= state.discriminator_steps:
+                state.rounds_since_generator_step = 0
+                state.last |= trainer.adversarial_step()
+        state.next_round = server_round + 1
+        state.seconds += time.monotonic() - began
+        state.last |= {
+            "round": server_round,
+            "stage": str(instructions.stage),
+            "seconds": round(time.monotonic() - began, 4),
+            "bytes_down": exchange.bytes_down,
+            "bytes_up": exchange.bytes_up,
+            "refusals": dict(exchange.refusals),
+            "update_norm": gradient.norm().item(),
+        }
+        if server_round % config.training.checkpoint_every == 0 or server_round == state.last_round:
+            store.save(state)
+        for observer in observers:
+            observer.round_ended(state)
+    if state.fitting:
+        fit_moments(state, trainer, store, observers)
+
+
+def instructions_for(state: CoordinatorState, server_round: int, trainer: GeneratorTrainer) -> RoundInstructions:
+    """What this round asks of every client."""
+    config = state.config
+    moments = server_round <= config.moments.moment_rounds
+    instructions = {
+        "run_id": state.run_id,
+        "server_round": server_round,
+        "stage": Stage.MOMENTS if moments else Stage.GRADIENTS,
+        "model": config.model,
+        "privacy": config.privacy,
+        "moment_rounds": config.moments.moment_rounds,
+        "moment_noise_multiplier": config.moments.moment_noise_multiplier,
+        "feature_seed": config.moments.feature_seed,
+        "planned_steps": planned_steps(config),
+    }
+    if moments:
+        return RoundInstructions(**instructions)
+    steps, fakes, labels = config.training.local_steps, None, None
+    if steps > 1:
+        images, classes = trainer.fakes(steps * config.training.fake_batch)
+        fakes, labels = to_uint8(images), classes if classes is None else classes.cpu().numpy()
+    return RoundInstructions(
+        **instructions,
+        local_steps=steps,
+        local_lr=config.training.local_lr,
+        discriminator=get_flat(state.discriminator),
+        fakes=fakes,
+        fake_labels=labels,
+    )
+
+
+def collect(
+    state: CoordinatorState, exchange: Exchange, instructions: RoundInstructions, random: SecureRandom
+) -> torch.Tensor:
+    """Ask the connected clients and average their vectors: (d,) float32. What was asked counts as charged, answered or not."""
+    model = state.config.model
+    if instructions.stage is Stage.MOMENTS:
+        features = RandomFeatures(model.image_size, model.channels, instructions.feature_seed)
+        dimension = features.dim * max(model.num_classes, 1)
+    else:
+        dimension = num_parameters(state.discriminator)
+    nodes = exchange.wait_for_clients()
+    gradient = average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
+    if instructions.privacy.privacy_model is not PrivacyModel.NONE:
+        for node in nodes:
+            charged = state.charged.setdefault(str(node), [0, 0])
+            if instructions.stage is Stage.MOMENTS:
+                charged[0] += 1
+            else:
+                charged[1] += instructions.local_steps
+    return gradient
+
+
+def discriminator_step(
+    state: CoordinatorState, trainer: GeneratorTrainer, instructions: RoundInstructions, gradient: torch.Tensor
+) -> dict[str, float]:
+    """One Adam step of the shared discriminator on both halves of its loss. Returns its figures on fakes."""
+    config, device = state.config, pick_device()
+    fakes, labels = trainer.fakes(config.training.fake_batch)
+    gradient = gradient.to(device)
+    if instructions.local_steps == 1:
+        loss = LOSSES[config.model.loss]
+        gradient = gradient + fake_mean(state.discriminator, loss, fakes, labels, config.privacy)
+    parameters = list(state.discriminator.parameters())
+    for parameter, part in zip(parameters, split_flat(state.discriminator, gradient), strict=True):
+        parameter.grad = part.clone()
+    for group in state.discriminator_optimizer.param_groups:
+        group["lr"], group["betas"] = config.training.discriminator_lr, (config.training.adam_beta1, 0.999)
+    state.discriminator_optimizer.step()
+    with torch.no_grad():
+        accuracy = (state.discriminator(fakes, labels) < 0).float().mean().item()
+    state.rounds_since_generator_step += 1
+    trainer.note_accuracy(accuracy)
+    return {"fake_accuracy": accuracy}
+
+
+def fit_moments(state: CoordinatorState, trainer: GeneratorTrainer, store: CheckpointStore, observers: Sequence[Observer]) -> None:
+    """The moment stage's generator steps, from wherever they are."""
+    saved = time.monotonic()
+    while state.fitting:
+        began = time.monotonic()
+        state.last = trainer.moment_step()
+        state.seconds += time.monotonic() - began
+        if time.monotonic() - saved > _FIT_CHECKPOINT_S or not state.fitting:
+            store.save(state)
+            saved = time.monotonic()
+        for observer in observers:
+            observer.fit_stepped(state)
+
+
+def describe(config: RunConfig) -> str:
+    """One line for people: what is promised to whom, and against whom."""
+    privacy = config.privacy
+    if privacy.privacy_model is PrivacyModel.NONE:
+        return "NO PRIVACY: gradients of faces are shared as they are. For public data only."
+    trust = {
+        PrivacyModel.LOCAL: "against the coordinator and everyone else",
+        PrivacyModel.CENTRAL: "against whoever sees what the coordinator releases; the coordinator is trusted",
+    }[privacy.privacy_model]
+    return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each {privacy.unit}, {trust}"

@@ -1,0 +1,104 @@
+"""Instructions out, updates in: one round over Flower's Grid.
+
+Every reply is checked before it is used; a client that refuses, fails or answers nonsense is left out of the round and counted by
+the kind of its error. The grid is polled here with a short, growing wait (Flower's own `send_and_receive` sleeps three seconds).
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common.config import TrainingConfig
+from common.errors import CohortTooSmall, MalformedUpdate
+from common.messages import DiscriminatorUpdate, RoundInstructions
+
+log = logging.getLogger("visard.server")
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.005, 0.1
+
+
+class Exchange:
+    """The coordinator's end of the wire.
+
+    After a round: `asked` are the nodes that were asked, `refusals` counts the errors by kind, `bytes_down` and `bytes_up` are the
+    array bytes sent and received.
+    """
+
+    def __init__(self, grid: Grid, training: TrainingConfig) -> None:
+        self._grid = grid
+        self._training = training
+        self.asked: list[int] = []
+        self.refusals: Counter[str] = Counter()
+        self.bytes_down = self.bytes_up = 0
+
+    def wait_for_clients(self) -> list[int]:
+        """The connected nodes, once there are enough. Raises CohortTooSmall after round-timeout-s."""
+        wanted, deadline = self._training.min_clients, time.monotonic() + self._training.round_timeout_s
+        wait, told = _FIRST_WAIT_S, False
+        while len(nodes := sorted(self._grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise CohortTooSmall(
+                    f"{len(nodes)} clients are connected after {self._training.round_timeout_s:g} s and min-clients is {wanted}: "
+                    "start more clients, or lower min-clients, then --resume"
+                )
+            if not told:
+                log.info("waiting for %d clients, %d connected", wanted, len(nodes))
+                told = True
+            time.sleep(wait)
+            wait = min(wait * 1.5, 1.0)
+        return nodes
+
+    def collect(self, instructions: RoundInstructions, nodes: list[int], dimension: int) -> Iterator[DiscriminatorUpdate]:
+        """Ask `nodes` and yield each valid update of `dimension` as it arrives.
+
+        Raises CohortTooSmall at the end where fewer than min-clients answered: what was yielded must then be dropped.
+        """
+        content = instructions.to_record()
+        timeout_s = self._training.round_timeout_s
+        messages = [
+            Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(instructions.server_round))
+            for node in nodes
+        ]
+        self.asked, self.refusals = nodes, Counter()
+        payload = sum(len(array.data) for array in content["arrays"].values())  # type: ignore[union-attr]
+        self.bytes_down, self.bytes_up = payload * len(nodes), 0
+        answered = 0
+        for reply in self._replies(messages, time.monotonic() + timeout_s):
+            if reply.has_error():
+                self.refusals[str(reply.error.reason)[:40]] += 1
+                continue
+            try:
+                update = DiscriminatorUpdate.from_record(reply.content, instructions, dimension)
+            except MalformedUpdate as error:
+                log.warning("round %d: update refused: %s", instructions.server_round, error)
+                self.refusals["MalformedUpdate"] += 1
+                continue
+            self.bytes_up += update.vector.nbytes
+            answered += 1
+            yield update
+        if answered < self._training.min_clients:
+            reasons = ", ".join(f"{count} x {kind}" for kind, count in self.refusals.items()) or "no answer in time"
+            raise CohortTooSmall(
+                f"round {instructions.server_round}: {answered} of {len(nodes)} clients gave an update ({reasons}) and min-clients is "
+                f"{self._training.min_clients}. The clients' logs say why; --resume goes on from this round"
+            )
+
+    def _replies(self, messages: list[Message], deadline: float) -> Iterator[Message]:
+        pending = {identifier for identifier in self._grid.push_messages(messages) if identifier}
+        wait = _FIRST_WAIT_S
+        while pending and time.monotonic() < deadline:
+            arrived = False
+            for reply in self._grid.pull_messages(list(pending)):
+                arrived = True
+                if reply.metadata.reply_to_message_id in pending:
+                    pending.discard(reply.metadata.reply_to_message_id)
+                    yield reply
+            wait = _FIRST_WAIT_S if arrived else min(wait * 1.5, _LONGEST_WAIT_S)
+            if pending:
+                time.sleep(wait)
+        if pending:
+            self.refusals["no answer in time"] += len(pending)

@@ -1,0 +1,126 @@
+"""The generator's training: post-processing of what the clients released, so it costs no privacy.
+
+The moment stage fits the generator to the released mean features. The adversarial rounds then follow the discriminator's gradient
+and keep the moment term beside it. Learning rates are functions of the step alone, and all randomness is `state.rng`: a checkpoint
+between any two steps loses nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common.config import RunConfig
+from common.models.features import RandomFeatures
+from common.models.losses import LOSSES
+from server.checkpoint import CoordinatorState
+from server.moments import MomentLoss
+
+# Smoothing of the discriminator's accuracy on fakes, and the accuracy under which it gets another step (adaptive).
+_ACCURACY_DECAY = 0.95
+_ACCURACY_FLOOR = 0.65
+_MAX_DISCRIMINATOR_STEPS = 50
+
+
+class GeneratorTrainer:
+    """One generator step at a time on `state`, in place."""
+
+    def __init__(self, state: CoordinatorState) -> None:
+        self._state = state
+        self._device = next(state.generator.parameters()).device
+        self._moment_loss: MomentLoss | None = None
+
+    def moment_step(self) -> dict[str, float]:
+        """One Adam step on the moment loss. Returns its figures."""
+        state, moments = self._state, self._state.config.moments
+        fakes, labels = self._fakes(moments.moment_batch)
+        loss = self._moments()(fakes, labels)
+        # The rate falls linearly over the second half (recipe of the moment stage).
+        progress = state.generator_steps / max(moments.moment_steps, 1)
+        _set_rate(state.generator_optimizer, moments.moment_lr * min(1.0, 2.0 * (1.0 - progress)), (0.5, 0.99))
+        state.generator_optimizer.zero_grad()
+        loss.backward()
+        state.generator_optimizer.step()
+        self._stepped()
+        return {"moment_loss": loss.item()}
+
+    def adversarial_step(self) -> dict[str, float]:
+        """One Adam step against the discriminator, the moment term's gradient scaled to `moment_weight` times the adversarial one.
+
+        The two are balanced by their norms at the images, where both are known before anything flows into the generator. Returns
+        figures on fakes.
+        """
+        state, config = self._state, self._state.config
+        if state.moment_target is not None and state.generator_steps == config.moments.moment_steps:
+            state.generator_optimizer = torch.optim.Adam(state.generator.parameters())
+        fakes, labels = self._fakes(config.training.generator_batch)
+        logits = state.discriminator(fakes, labels)
+        loss = LOSSES[config.model.loss].generator(logits).mean()
+        (gradient,) = torch.autograd.grad(loss, fakes, retain_graph=False)
+        figures = {"generator_loss": loss.item()}
+        if state.moment_target is not None and config.moments.moment_weight > 0:
+            moment_loss = self._moments()(fakes, labels)
+            (toward_moments,) = torch.autograd.grad(moment_loss, fakes)
+            scale = gradient.norm() / toward_moments.norm().clamp(min=1e-20)
+            gradient = gradient + config.moments.moment_weight * scale * toward_moments
+            figures["moment_loss"] = moment_loss.item()
+        _set_rate(state.generator_optimizer, config.training.generator_lr, (config.training.adam_beta1, 0.999))
+        state.generator_optimizer.zero_grad()
+        fakes.backward(gradient)
+        state.generator_optimizer.step()
+        self._stepped()
+        return figures
+
+    def note_accuracy(self, accuracy: float) -> None:
+        """Take in the discriminator's accuracy on a batch of fakes; where adaptive, give it more steps while that is poor."""
+        state, training = self._state, self._state.config.training
+        state.fake_accuracy = _ACCURACY_DECAY * state.fake_accuracy + (1 - _ACCURACY_DECAY) * accuracy
+        due = state.rounds_since_generator_step >= state.discriminator_steps
+        if training.adaptive and due and state.fake_accuracy < _ACCURACY_FLOOR:
+            state.discriminator_steps = min(state.discriminator_steps + 1, _MAX_DISCRIMINATOR_STEPS)
+
+    @torch.no_grad()
+    def fakes(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Fakes (count, C, H, W) in [-1, 1] of the generator as it trains, and their labels."""
+        return self._fakes(count)
+
+    def _fakes(self, count: int) -> tuple[Tensor, Tensor | None]:
+        latents, labels = draw_latents(self._state.config, count, self._state.rng)
+        latents = latents.to(self._device)
+        labels = labels if labels is None else labels.to(self._device)
+        fakes: Tensor = self._state.generator(latents, labels)
+        return fakes, labels
+
+    def _moments(self) -> MomentLoss:
+        if self._moment_loss is None:
+            model, target = self._state.config.model, self._state.moment_target
+            if target is None:
+                raise ValueError("the moment stage has no target yet")
+            features = RandomFeatures(model.image_size, model.channels, self._state.config.moments.feature_seed)
+            self._moment_loss = MomentLoss(features.to(self._device), target.to(self._device))
+        return self._moment_loss
+
+    def _stepped(self) -> None:
+        self._state.generator_steps += 1
+        update_ema(self._state.ema, self._state.generator, self._state.config.training.ema_decay, self._state.generator_steps)
+
+
+def draw_latents(config: RunConfig, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Latents (count, latent_dim) ~ N(0, 1) and labels (count,) int64 in turn 0, 1, ..., None for an unconditional model."""
+    latents = torch.randn(count, config.model.latent_dim, generator=rng)
+    classes = config.model.num_classes
+    return latents, torch.arange(count) % classes if classes else None
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move `ema` toward `network`, running statistics of batch norms included; the decay grows to its value over first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for average, value in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            average.lerp_(value, 1 - decay)
+        else:
+            average.copy_(value)
+
+
+def _set_rate(optimizer: torch.optim.Adam, rate: float, betas: tuple[float, float]) -> None:
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"] = rate, betas

@@ -1,0 +1,126 @@
+"""A whole federation on one machine: deal out the faces, run the unmodified apps, keep what comes of it."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import UserConfigValue
+from flwr.clientapp import ClientApp
+
+from client.app import app as shipped_client_app
+from common.config import RunConfig
+from common.errors import DataError
+from common.faces import FaceDataset, FaceOptions, load_faces
+from common.privacy.accounting import tight_epsilon_of
+from common.privacy.ledger import Ledger
+from common.privacy.units import PrivacyModel
+from server.app import open_run, run
+from server.checkpoint import CoordinatorState
+from server.coordinator import Observer
+from simulations.engine import InProcessGrid
+from simulations.partition import partition
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a simulation. ledgers: (epsilon by the client's own ledger, the same by PRV) of each client, if private."""
+
+    state: CoordinatorState
+    picture: Path
+    ledgers: list[tuple[float, float]]
+
+
+def prepare(directory: Path, config: RunConfig | None) -> tuple[CoordinatorState, FaceDataset]:
+    """The run's state, and all its faces. `config` None resumes. Raises ConfigError, CheckpointError or DataError."""
+    state = open_run(directory, config)
+    return state, load_simulated_faces(state.config)
+
+
+def load_simulated_faces(config: RunConfig) -> FaceDataset:
+    """All the faces that a simulation deals out."""
+    options = FaceOptions(config.model.image_size, config.model.channels, config.simulation.crop)
+    return load_faces(config.simulation.data, options, cache_dir=cache_folder() / "faces")
+
+
+def simulate(
+    directory: Path,
+    state: CoordinatorState,
+    faces: FaceDataset,
+    observers: Sequence[Observer] = (),
+    client_app: ClientApp = shipped_client_app,
+) -> Outcome:
+    """Train to the end. Each simulated client is an ordinary one: own faces, own policy, own ledger under the run's folder."""
+    with dealt_out(faces, state.config) as files:
+        node_configs = [owner_config(state.config, file, directory / "clients" / file.stem) for file in files]
+        picture = run(InProcessGrid(client_app, node_configs), state, directory, observers)
+    return Outcome(state, picture, read_ledgers(directory, state.config))
+
+
+@contextmanager
+def dealt_out(faces: FaceDataset, config: RunConfig) -> Iterator[list[Path]]:
+    """Files with each client's share, gone when the context ends: copies of faces do not stay in the run's folder."""
+    simulation = config.simulation
+    shares = partition(faces, simulation.num_clients, simulation.partitioner, config.training.seed)
+    root = cache_folder()
+    with tempfile.TemporaryDirectory(prefix="clients-", dir=root) as folder:
+        files = [Path(folder) / f"{client:04d}.npz" for client in range(len(shares))]
+        for file, share in zip(files, shares, strict=True):
+            faces.subset(share).save(file)
+        yield files
+
+
+def owner_config(config: RunConfig, data: Path, state_dir: Path) -> dict[str, UserConfigValue]:
+    """What a simulated owner sets: the run's budget, and whatever its privacy model needs."""
+    privacy = config.privacy
+    private = privacy.privacy_model is not PrivacyModel.NONE
+    return {
+        "data": str(data),
+        "state-dir": str(state_dir),
+        "max-epsilon": privacy.epsilon if private else 0.0,
+        "delta": privacy.delta,
+        "unit": str(privacy.unit),
+        "allow-central": privacy.privacy_model is PrivacyModel.CENTRAL,
+        "allow-non-private": not private,
+    }
+
+
+def read_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
+    """Epsilon that each simulated client's own ledger holds, and the same releases by PRV; none in a run without privacy."""
+    privacy = config.privacy
+    if privacy.privacy_model is PrivacyModel.NONE:
+        return []
+    found = []
+    tight: dict[tuple[object, ...], float] = {}
+    for client in sorted((directory / "clients").iterdir()):
+        ledger = Ledger(client, max_epsilon=privacy.epsilon, delta=privacy.delta)
+        releases = tuple(sorted(ledger.releases))
+        if releases not in tight:
+            tight[releases] = tight_epsilon_of(releases, privacy.delta)
+        found.append((ledger.epsilon, tight[releases]))
+    return found
+
+
+def declared_against_held(config: RunConfig, faces: FaceDataset) -> str | None:
+    """A remark where the declared constants are far from what the simulated clients hold, which would waste noise or bias the mean."""
+    held = len(faces.units(config.privacy.unit)) / config.simulation.num_clients
+    declared = config.privacy.declared_units
+    if 0.8 <= declared / held <= 1.25:
+        return None
+    return (
+        f"expected-batch {config.privacy.expected_batch:g} at sample-rate {config.privacy.sample_rate:g} declares {declared:.0f} units "
+        f"a client; the simulated clients hold {held:.0f} on average. To match: --expected-batch {config.privacy.sample_rate * held:.3g}"
+    )
+
+
+def cache_folder() -> Path:
+    """Where preprocessed faces are kept, readable by this user alone: $XDG_CACHE_HOME/visard."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visard"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise DataError(f"cannot keep preprocessed faces in {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from error
+    return folder
