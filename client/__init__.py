@@ -1,0 +1,1 @@
+"""One client: private faces in, noised discriminator updates out."""

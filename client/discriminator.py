@@ -1,11 +1,13 @@
 """The private discriminator step (DP-SGD: Abadi et al. 2016) on the real half of the loss.
 
-Claim, for neighbours that differ in one unit (`common.privacy.units`): `noised_gradient` is one Gaussian mechanism of noise
-multiplier sigma on a Poisson sample of rate q. Each unit enters independently with probability q; what it adds to the sum has L2
-norm at most C (`common.privacy.clipping`); N(0, (sigma C)^2) is added to every coordinate, also when nobody was drawn. Under
-`central` the noise is left to the coordinator, and the claim is about what leaves the coordinator.
+Claim, for neighbours that differ in one unit (`common.privacy.units`): `noised_gradient` is one Gaussian mechanism of
+noise multiplier sigma on a Poisson sample of rate q. Each unit enters independently with probability q; what it adds to
+the sum has L2 norm at most C (`common.privacy.clipping`); N(0, (sigma C)^2) is added to every coordinate, also when
+nobody was drawn. Under `central` the noise is left to the coordinator, and the claim is about what leaves the
+coordinator.
 
-Only real faces are clipped here, and in rounds of one step nothing else is computed: fakes never share a sum, or a clip, with faces.
+Only real faces are clipped here, and in rounds of one step nothing else is computed: fakes never share a sum, or a
+clip, with faces.
 """
 
 from functools import lru_cache
@@ -61,13 +63,11 @@ def noised_gradient(
     return add_gaussian_noise(total, privacy.noise_multiplier * privacy.max_grad_norm, random)
 
 
-def draw_units(
-    faces: FaceDataset, privacy: PrivacyConfig, random: SecureRandom
-) -> tuple[np.ndarray, np.ndarray, int]:
+def draw_units(faces: FaceDataset, privacy: PrivacyConfig, random: SecureRandom) -> tuple[np.ndarray, np.ndarray, int]:
     """Poisson-sample units at the declared rate, and at most `images_per_person` photographs of each drawn person.
 
-    Returns the image indices (B,), the place 0..U-1 of each image's unit among the drawn ones (B,), contiguous, and U. Where few
-    were drawn by chance, B is small, perhaps 0: it is private and stays here.
+    Returns the image indices (B,), the place 0..U-1 of each image's unit among the drawn ones (B,), contiguous, and U.
+    Where few were drawn by chance, B is small, perhaps 0: it is private and stays here.
     """
     members = faces.units(privacy.unit)
     drawn = random.poisson_sample(len(members), privacy.sample_rate)
@@ -79,7 +79,10 @@ def draw_units(
 
 
 def class_labels(faces: FaceDataset, model: ModelConfig, indices: np.ndarray) -> Tensor | None:
-    """Labels (B,) int64 for a conditional model, else None. Raises DataError where there are none or they do not fit."""
+    """Labels (B,) int64 for a conditional model, else None.
+
+    Raises DataError where there are none or they do not fit.
+    """
     if model.num_classes == 0:
         return None
     if faces.labels is None or (len(faces.labels) and int(faces.labels.max()) >= model.num_classes):
@@ -108,7 +111,8 @@ def _local_gradient(
 ) -> np.ndarray:
     """Several SGD steps on both halves of the loss; returns (start - end) / (learning rate * steps), the mean gradient.
 
-    Post-processing of `local_steps` noised sums and of fakes, whose number is the coordinator's and never tied to the draw.
+    Post-processing of `local_steps` noised sums and of fakes, whose number is the coordinator's and never tied to the
+    draw.
     """
     privacy, steps, rate = instructions.privacy, instructions.local_steps, instructions.local_lr
     loss = LOSSES[instructions.model.loss]

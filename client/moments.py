@@ -1,9 +1,10 @@
 """The client's half of the moment stage: one noised release of mean random features.
 
-Claim, for neighbours that differ in one unit: `moment_update` is one Gaussian mechanism of noise multiplier sigma without sampling.
-A unit contributes one vector, the mean over its images of the features placed in the rows of their labels. Its L2 norm is at most 1:
-features have norm at most 1 (`common.models.features`), so each image's vector has, and so has a mean of them; it is clipped to 1 all
-the same. Class counts are not released: the coordinator divides by declared constants.
+Claim, for neighbours that differ in one unit: `moment_update` is one Gaussian mechanism of noise multiplier sigma
+without sampling. A unit contributes one vector, the mean over its images of the features placed in the rows of their
+labels. Its L2 norm is at most 1: features have norm at most 1 (`common.models.features`), so each image's vector has,
+and so has a mean of them; it is clipped to 1 all the same. Class counts are not released: the coordinator divides by
+declared constants.
 """
 
 from functools import lru_cache
@@ -41,7 +42,8 @@ def moment_sum(
 ) -> Tensor:
     """Sum over units of their clipped mean feature vectors: (num_rows * dim,) float32 on the CPU.
 
-    units: the image indices of each unit. Units are taken in groups of about _CHUNK images, so that memory stays bounded.
+    units: the image indices of each unit. Units are taken in groups of about _CHUNK images, so that memory stays
+    bounded.
     """
     device = next(features.buffers()).device
     total = torch.zeros(num_rows, features.dim, device=device)
@@ -60,7 +62,9 @@ def moment_sum(
         finite = torch.isfinite(norms)
         factor = torch.where(finite, 1.0 / norms.clamp(min=1.0), torch.zeros_like(norms))
         # What is not finite counts for nothing: one damaged unit must not spoil, or reveal itself in, the sum.
-        total.index_add_(0, pairs[1].to(device), torch.nan_to_num(vectors, posinf=0.0, neginf=0.0) * factor[owner, None])
+        total.index_add_(
+            0, pairs[1].to(device), torch.nan_to_num(vectors, posinf=0.0, neginf=0.0) * factor[owner, None]
+        )
     return total.reshape(-1).cpu()
 
 

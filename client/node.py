@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 _SHORTEST_WAIT_S = 0.02
 _LONGEST_POLL_WAIT_S = 0.25
-_LONGEST_RETRY_WAIT_S = 5.0
+_LONGEST_RETRY_WAIT_S = 2.0
 _DOWNLOAD_TIMEOUT_S = 30.0
 
 
@@ -82,29 +82,32 @@ def run_node(superlink: str, client_app: ClientApp, node_config: Mapping[str, Us
     loopback_address(superlink)
     with _signals_as_stop(), contextlib.suppress(_Stopped):
         node = _WarmNode(superlink, client_app, node_config)
-        while True:
-            node.serve_until_forgotten()
+        try:
+            while True:
+                node.serve_until_forgotten()
+        finally:
+            node.stopping.set()
 
 
 class _WarmNode:
-    """One key pair, one ClientApp, any number of connections one after the other."""
+    """One ClientApp and any number of connections, one after the other, each under a new key."""
 
     def __init__(self, superlink: str, client_app: ClientApp, node_config: Mapping[str, UserConfigValue]) -> None:
         self._superlink = superlink
         self._client_app = client_app
         self._node_config = dict(node_config)
-        private_key, public_key = generate_key_pairs()
-        self._public_key = public_key_to_bytes(public_key)
-        self._interceptors: list[Any] = [
-            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            NodeAuthHttpInterceptor(private_key, public_key),
-        ]
         self._context = Context(0, 0, {}, RecordDict(), {})
+        self.stopping = threading.Event()
 
     def serve_until_forgotten(self) -> None:
         """Register, answer messages, and return when the SuperLink no longer knows this node."""
-        with FleetHttpClient.from_server_address(self._superlink, True, None, self._interceptors) as client:
-            node = self._register(client)
+        private_key, public_key = generate_key_pairs()
+        interceptors: list[Any] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(private_key, public_key),
+        ]
+        with FleetHttpClient.from_server_address(self._superlink, True, None, interceptors) as client:
+            node = self._register(client, public_key_to_bytes(public_key))
             _log.info("joined the SuperLink at %s as node %d", self._superlink, node.node_id)
             heartbeat = HeartbeatSender(lambda: _heartbeat(client, node))
             heartbeat.start()
@@ -114,15 +117,15 @@ class _WarmNode:
                 with contextlib.suppress(httpx.HTTPError):
                     client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
                     client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
-                heartbeat.stop()
+                if heartbeat.is_running:
+                    heartbeat.stop()
 
-    def _register(self, client: FleetHttpClient) -> Node:
-        activation = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    def _register(self, client: FleetHttpClient, public_key: bytes) -> Node:
+        activation = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         try:
-            with contextlib.suppress(_Refused):  # known already, from before a pause
-                self._retry(client.RegisterNode, RegisterNodeFleetRequest(public_key=self._public_key))
+            self._retry(client.RegisterNode, RegisterNodeFleetRequest(public_key=public_key))
             return Node(node_id=self._retry(client.ActivateNode, activation).node_id)
-        except _Refused as error:
+        except _RefusedError as error:
             raise ProtocolError(f"the SuperLink at {self._superlink} refuses this node: {error}") from error
 
     def _serve(self, client: FleetHttpClient, node: Node) -> None:
@@ -130,14 +133,14 @@ class _WarmNode:
         while True:
             try:
                 pulled = self._retry(client.PullMessages, PullMessagesRequest(node=node))
-            except _Refused as error:
+            except _RefusedError as error:
                 _log.warning("the SuperLink no longer knows this node (%s); joining again", error)
                 time.sleep(_LONGEST_POLL_WAIT_S)
                 return
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 try:
                     self._answer(client, node, proto.metadata.run_id, tree)
-                except (_Refused, ObjectPullError, ObjectPushError, ValueError, TypeError, KeyError) as error:
+                except (_RefusedError, ObjectPullError, ObjectPushError, ValueError, TypeError, KeyError) as error:
                     # The run ended meanwhile, the message expired, or the coordinator died half way through sending it.
                     _log.warning("a message was dropped: %s", type(error).__name__)
             wait_s = _SHORTEST_WAIT_S if pulled.messages_list else min(1.5 * wait_s, _LONGEST_POLL_WAIT_S)
@@ -190,7 +193,7 @@ class _WarmNode:
         return self._context
 
     def _retry(self, call: Callable[[Any], Any], request: Any) -> Any:
-        """Call until the SuperLink answers. Raises _Refused where its answer is an error."""
+        """Call until the SuperLink answers. Raises _RefusedError where its answer is an error."""
         wait_s, down_since = _SHORTEST_WAIT_S, time.monotonic()
         warned = False
         while True:
@@ -202,16 +205,18 @@ class _WarmNode:
                     warned = True
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in (502, 503, 504):
-                    raise _Refused(f"status {error.response.status_code}: {error.response.text[:200]}") from error
+                    raise _RefusedError(f"status {error.response.status_code}: {error.response.text[:200]}") from error
             else:
                 if warned:
                     _log.warning("the SuperLink is back after %.0f s", time.monotonic() - down_since)
                 return answer
-            time.sleep(wait_s)
+            # Flower's transfer threads wait here too, and would keep a stopped process alive.
+            if self.stopping.wait(wait_s):
+                raise _RefusedError("stopped")
             wait_s = min(2 * wait_s, _LONGEST_RETRY_WAIT_S)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The SuperLink answered a call with an error."""
 
 

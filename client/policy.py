@@ -5,7 +5,7 @@ It comes from the node's own configuration, never from the run's: the coordinato
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from flwr.app import Context
 
@@ -18,10 +18,10 @@ from common.privacy.units import PrivacyModel, PrivacyUnit
 class OwnerPolicy:
     """The owner's word. Every field has a key of the same name, with dashes, in the node's configuration.
 
-    data: a folder, .npz file or `procedural:...`. state_dir: the ledger and the cache of preprocessed faces. max_epsilon, delta:
-    the budget of this data set over all runs and coordinators. unit: the least that must be protected; `image` allows both units.
-    allow_central: send clear gradient sums to the coordinator, which is trusted to add the noise. allow_non_private: answer rounds
-    without any protection.
+    data: a folder, .npz file or `procedural:...`. state_dir: the ledger and the cache of preprocessed faces.
+    max_epsilon, delta: the budget of this data set over all runs and coordinators. unit: the least that must be
+    protected; `image` allows both units. allow_central: send clear gradient sums to the coordinator, which is trusted
+    to add the noise. allow_non_private: answer rounds without any protection.
     """
 
     data: str
@@ -35,7 +35,8 @@ class OwnerPolicy:
 
     @classmethod
     def from_context(cls, context: Context) -> Self:
-        """Read the node's configuration; a node of Flower's simulation engine (`partition-id`, no data) gets its simulated share.
+        """Read the node's configuration; a node of Flower's simulation engine (`partition-id`, no data) gets its
+        simulated share.
 
         Raises ConfigError where a key is missing, unknown or out of range.
         """
@@ -51,12 +52,14 @@ class OwnerPolicy:
         known = {name.replace("_", "-"): name for name in cls.__dataclass_fields__}
         unknown = set(config) - set(known) - {"partition-id", "num-partitions"}
         if unknown:
-            raise ConfigError(f"unknown keys in this node's configuration: {', '.join(sorted(unknown))}; known: {sorted(known)}")
-        values = {known[key]: value for key, value in config.items() if key in known}
+            raise ConfigError(
+                f"unknown keys in this node's configuration: {', '.join(sorted(unknown))}; known: {sorted(known)}"
+            )
+        values: dict[str, Any] = {known[key]: value for key, value in config.items() if key in known}
         try:
             values["state_dir"] = Path(str(values["state_dir"])).expanduser()
             values["unit"] = PrivacyUnit(values.get("unit", "person"))
-            policy = cls(**values)  # type: ignore[arg-type]
+            policy = cls(**values)
             in_range = 0 <= float(policy.max_epsilon) < float("inf") and 0 < float(policy.delta) < 0.5
         except (TypeError, ValueError) as error:
             raise ConfigError(f"this node's configuration has a wrong value: {error}") from error
@@ -71,17 +74,23 @@ class OwnerPolicy:
         """Refuse a round that this owner does not allow. Raises PrivacyError before anything is charged or read."""
         model, unit = instructions.privacy.privacy_model, instructions.privacy.unit
         if model is PrivacyModel.NONE and not self.allow_non_private:
-            raise PrivacyError("the coordinator asks for a round without privacy; this owner has not set allow-non-private")
+            raise PrivacyError(
+                "the coordinator asks for a round without privacy; this owner has not set allow-non-private"
+            )
         if model is PrivacyModel.CENTRAL and not self.allow_central:
-            raise PrivacyError("the coordinator asks for clear gradients (central); this owner has not set allow-central")
+            raise PrivacyError(
+                "the coordinator asks for clear gradients (central); this owner has not set allow-central"
+            )
         if model is not PrivacyModel.NONE and self.unit is PrivacyUnit.PERSON and unit is not PrivacyUnit.PERSON:
             raise PrivacyError(f"the coordinator would protect one {unit} only; this owner asks for unit {self.unit}")
 
 
 def _simulated(config: dict[str, bool | int | float | str], context: Context) -> dict[str, bool | int | float | str]:
-    """A simulated node's share: its own procedural persons, or its own folder where `data` has the placeholder {client}.
+    """A simulated node's share: its own procedural persons, or its own folder where `data` has the placeholder
+    {client}.
 
-    Only a node of Flower's simulation engine gets here: a real node's configuration is written by its owner and names its data.
+    Only a node of Flower's simulation engine gets here: a real node's configuration is written by its owner and names
+    its data.
     """
     run, client, clients = context.run_config, int(config["partition-id"]), int(config["num-partitions"])
     data = str(run["data"])

@@ -1,0 +1,1 @@
+"""What coordinator, clients and simulations share."""

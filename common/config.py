@@ -1,7 +1,8 @@
 """What a run is: small frozen dataclasses, each parsed once from flat keys.
 
-Every field of the dataclasses below is one option. Its name with dashes is the key in a recipe (TOML), in Flower's run config and
-on the command line: `num_rounds` is `num-rounds` and `--num-rounds`. A key that no field has is refused with the nearest name.
+Every field of the dataclasses below is one option. Its name with dashes is the key in a recipe (TOML), in Flower's run
+config and on the command line: `num_rounds` is `num-rounds` and `--num-rounds`. A key that no field has is refused with
+the nearest name.
 
 Everything here is **public**: it travels in clear and must not be derived from what any client holds.
 """
@@ -73,8 +74,8 @@ class ModelConfig:
 class PrivacyConfig:
     """What is promised, to whom, and the declared constants it rests on.
 
-    `sample_rate`, `expected_batch` and `images_per_person` are declared, never measured: whoever knows a client's true counts
-    must not be able to read them off these.
+    `sample_rate`, `expected_batch` and `images_per_person` are declared, never measured: whoever knows a client's true
+    counts must not be able to read them off these.
     """
 
     privacy_model: PrivacyModel = _option(
@@ -205,7 +206,10 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> Self:
-        """Parse flat keys (`num-rounds`). Raises ConfigError on an unknown key, a wrong type or a value out of range."""
+        """Parse flat keys (`num-rounds`).
+
+        Raises ConfigError on an unknown key, a wrong type or a value out of range.
+        """
         for key in flat:
             if key not in flat_fields():
                 near = difflib.get_close_matches(key, flat_fields(), n=1)

@@ -11,8 +11,8 @@
     |   `-- CohortTooSmall     fewer clients answered than the round needs
     `-- CheckpointError        a run's saved state cannot be read or written
 
-Every message gives the value, the limit and the remedy. What a client sends back is the class name alone: never a path, a count
-or a name (see `client.app`).
+Every message gives the value, the limit and the remedy. What a client sends back is the class name alone: never a path,
+a count or a name (see `client.app`).
 """
 
 

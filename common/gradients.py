@@ -1,7 +1,8 @@
 """The two halves of a discriminator's gradient: reals at the clients, fakes at whoever holds the fakes.
 
-L_D = mean over units of real(D(x)) + mean over fakes of fake(D(G(z))). Both halves are clipped to the same C, sample by sample:
-clipping the reals alone would make them too weak beside the fakes. The fakes' half costs no privacy and gets no noise.
+L_D = mean over units of real(D(x)) + mean over fakes of fake(D(G(z))). Both halves are clipped to the same C, sample by
+sample: clipping the reals alone would make them too weak beside the fakes. The fakes' half costs no privacy and gets no
+noise.
 """
 
 import numpy as np
@@ -25,8 +26,8 @@ def real_sum(
 ) -> Tensor:
     """Sum over units of the clipped mean gradient of each unit's images; unclipped without a privacy model.
 
-    images: (B, C, H, W) in [-1, 1]; labels: (B,) int64 or None; units: (B,) int64, the place 0..num_units-1 of each image's unit,
-    contiguous. Returns (d,) float32, zeros for an empty batch.
+    images: (B, C, H, W) in [-1, 1]; labels: (B,) int64 or None; units: (B,) int64, the place 0..num_units-1 of each
+    image's unit, contiguous. Returns (d,) float32, zeros for an empty batch.
     """
     if privacy.privacy_model is not PrivacyModel.NONE:
         return clipped_sum(discriminator, loss.real, images, labels, units, num_units, privacy.max_grad_norm)
@@ -39,7 +40,10 @@ def real_sum(
 def fake_mean(
     discriminator: nn.Module, loss: GANLoss, images: Tensor, labels: Tensor | None, privacy: PrivacyConfig
 ) -> Tensor:
-    """Mean over fakes of their clipped gradients, unclipped without a privacy model: (d,) float32. Shapes as `real_sum`."""
+    """Mean over fakes of their clipped gradients, unclipped without a privacy model: (d,) float32.
+
+    Shapes as `real_sum`.
+    """
     if privacy.privacy_model is PrivacyModel.NONE:
         return _flat_gradient(discriminator, loss.fake(discriminator(images, labels)).mean())
     own = torch.arange(len(images), device=images.device)

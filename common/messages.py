@@ -1,10 +1,10 @@
 """What crosses the wire, and its translation to and from Flower's records: the privacy boundary.
 
-Instructions go to the clients; all their fields are public. An update comes back; its vector is the one thing computed from faces,
-and it was noised before it got here, save under `central` (the coordinator adds the noise) and `none`.
+Instructions go to the clients; all their fields are public. An update comes back; its vector is the one thing computed
+from faces, and it was noised before it got here, save under `central` (the coordinator adds the noise) and `none`.
 
-Arrays travel as raw little-endian bytes whose dtype, shape and length are checked before a buffer is made of them: Flower's own
-decoder parses headers written by the sender.
+Arrays travel as raw little-endian bytes whose dtype, shape and length are checked before a buffer is made of them:
+Flower's own decoder parses headers written by the sender.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ class Stage(StrEnum):
 class RoundInstructions:
     """What the coordinator asks of every client in a round. All public.
 
-    run_id: names the run in every client's ledger, 32 hex digits. server_round: from 1. planned_steps: discriminator steps of the
-    whole run, of which this round is a part; it chooses the RDP order before anything is spent and binds nobody.
-    discriminator: (d,) float32 parameters; None in the moment stage. fakes: (n, C, H, W) uint8 and fake_labels: (n,) int64, for
-    rounds of several local steps only, n a multiple of local_steps.
+    run_id: names the run in every client's ledger, 32 hex digits. server_round: from 1. planned_steps: discriminator
+    steps of the whole run, of which this round is a part; it chooses the RDP order before anything is spent and binds
+    nobody. discriminator: (d,) float32 parameters; None in the moment stage. fakes: (n, C, H, W) uint8 and fake_labels:
+    (n,) int64, for rounds of several local steps only, n a multiple of local_steps.
     """
 
     run_id: str
@@ -70,9 +70,12 @@ class RoundInstructions:
     @property
     def plan(self) -> list[Release]:
         """What the whole run is planned to cost."""
-        return planned_releases(
-            self.privacy, self.moment_rounds, self.moment_noise_multiplier, self.planned_steps
-        )
+        return planned_releases(self.privacy, self.moment_rounds, self.moment_noise_multiplier, self.planned_steps)
+
+    @property
+    def num_bytes(self) -> int:
+        """Array bytes that go to each client."""
+        return sum(array.nbytes for array in self._arrays().values())
 
     def digest(self) -> str:
         """SHA-256 over every field: two instructions with one digest ask for the same thing."""
@@ -100,8 +103,8 @@ class RoundInstructions:
                 **{f.name: values.pop(f"privacy.{f.name}") for f in dataclasses.fields(PrivacyConfig)}
             )
             values["stage"] = Stage(values["stage"])
-            unpacked = {name: _unpack(name, array, ProtocolError) for name, array in arrays.items()}
-            instructions = cls(model=model, privacy=privacy, **values, **unpacked)
+            values |= {name: _unpack(name, array, ProtocolError) for name, array in arrays.items()}
+            instructions = cls(model=model, privacy=privacy, **values)
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -119,13 +122,17 @@ class RoundInstructions:
                 value = getattr(self, f.name)
                 allowed = (int, float) if f.type is float else (f.type,)
                 require(type(value) in allowed, f"{f.name} = {value!r} is not of type {f.type.__name__}")
-        require(len(self.run_id) == 32 and all(c in "0123456789abcdef" for c in self.run_id), "run_id is not 32 hex digits")
+        require(
+            len(self.run_id) == 32 and all(c in "0123456789abcdef" for c in self.run_id), "run_id is not 32 hex digits"
+        )
         require(1 <= self.server_round <= 10**8, f"server_round = {self.server_round}")
         require(1 <= self.local_steps <= 10**4, f"local_steps = {self.local_steps}")
         require(0 <= self.planned_steps <= 10**9, f"planned_steps = {self.planned_steps}")
         require(self.moment_rounds in (0, 1), f"moment_rounds = {self.moment_rounds}")
         require(math.isfinite(self.local_lr) and self.local_lr > 0, f"local_lr = {self.local_lr}")
-        require(math.isfinite(self.moment_noise_multiplier), f"moment_noise_multiplier = {self.moment_noise_multiplier}")
+        require(
+            math.isfinite(self.moment_noise_multiplier), f"moment_noise_multiplier = {self.moment_noise_multiplier}"
+        )
         require(0 <= self.feature_seed <= 2**31, f"feature_seed = {self.feature_seed}")
         if self.privacy.privacy_model is not PrivacyModel.NONE:
             require(self.release.noise_multiplier > 0, "a private round without noise")
@@ -134,14 +141,21 @@ class RoundInstructions:
         if self.stage is Stage.MOMENTS:
             require(self.discriminator is None and self.fakes is None, "networks or fakes in the moment stage")
             return
-        require(self.discriminator is not None and self.discriminator.ndim == 1, "no flat discriminator")
-        require(bool(np.isfinite(self.discriminator).all()), "a discriminator that is not finite")
-        require((self.local_steps > 1) == (self.fakes is not None), "fakes go with several local steps, and only with them")
+        weights = self.discriminator
+        if weights is None or weights.ndim != 1 or weights.dtype != np.float32 or not np.isfinite(weights).all():
+            raise ProtocolError("instructions refused: the discriminator is not a flat, finite float32 vector")
+        require(
+            (self.local_steps > 1) == (self.fakes is not None), "fakes go with several local steps, and only with them"
+        )
         if self.fakes is not None:
             expected = (self.model.channels, self.model.image_size, self.model.image_size)
-            require(self.fakes.dtype == np.uint8 and self.fakes.shape[1:] == expected, f"fakes of shape {self.fakes.shape}")
+            require(
+                self.fakes.dtype == np.uint8 and self.fakes.shape[1:] == expected, f"fakes of shape {self.fakes.shape}"
+            )
             require(len(self.fakes) % self.local_steps == 0 and len(self.fakes) > 0, f"{len(self.fakes)} fakes")
-            require((self.fake_labels is not None) == (self.model.num_classes > 0), "fakes and labels that do not match")
+            require(
+                (self.fake_labels is not None) == (self.model.num_classes > 0), "fakes and labels that do not match"
+            )
         if self.fake_labels is not None:
             labels, classes = self.fake_labels, self.model.num_classes
             require(self.fakes is not None and labels.shape == (len(self.fakes),), "labels without their fakes")
@@ -170,8 +184,9 @@ class RoundInstructions:
 class DiscriminatorUpdate:
     """A client's answer.
 
-    vector, float32: in the moment stage the sum of clipped feature vectors, (num_classes or 1) * dim; with one local step the sum of
-    the clipped gradients of the real half of the loss, (d,); with several, the mean gradient of both halves along the steps, (d,).
+    vector, float32: in the moment stage the sum of clipped feature vectors, (num_classes or 1) * dim; with one local
+    step the sum of the clipped gradients of the real half of the loss, (d,); with several, the mean gradient of both
+    halves along the steps, (d,).
     """
 
     run_id: str
@@ -191,7 +206,7 @@ class DiscriminatorUpdate:
             raise MalformedUpdate(f"keys {sorted(scalars)} and {sorted(arrays)}: want run_id, server_round and vector")
         asked = (instructions.run_id, instructions.server_round)
         if (scalars["run_id"], scalars["server_round"]) != asked:
-            raise MalformedUpdate(f"an answer to round {scalars['server_round']}, not to round {asked[1]}")
+            raise MalformedUpdate(f"an answer to round {scalars['server_round']!r}, not to round {asked[1]}")
         vector = _unpack("vector", arrays["vector"], MalformedUpdate, dtype="float32", shape=(dimension,))
         if not np.isfinite(vector).all():
             raise MalformedUpdate("the vector has values that are not finite")

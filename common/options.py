@@ -35,9 +35,7 @@ def with_run_options(command: Callable[..., None], sections: tuple[str, ...] = t
             flag = f"--{key}/--no-{key}" if kind is bool else f"--{key}"
             option = typer.Option(flag, help=f"{help_text} [{default}]", rich_help_panel=_PANELS[section])
             annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
-            added.append(
-                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            )
+            added.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
             names[f.name] = key
 
     @wraps(command)

@@ -1,0 +1,1 @@
+"""The coordinator: keeps the generator, never sees a face."""

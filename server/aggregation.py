@@ -1,12 +1,13 @@
 """From the clients' vectors to one average, and the noise of the `central` model.
 
-Claim (`central`): with equal sample rates at every client the sum of the clipped gradients has, for any division of the units among
-the clients, the distribution of pooled DP-SGD's sum, since every unit enters independently with probability q wherever it is. One
-unit moves it by at most C; N(0, (sigma C)^2) is added once. Under `local` every vector arrives noised and nothing is added; all is
-divided by declared constants and by the number of clients that answered, which the coordinator sees anyway.
+Claim (`central`): with equal sample rates at every client the sum of the clipped gradients has, for any division of the
+units among the clients, the distribution of pooled DP-SGD's sum, since every unit enters independently with probability
+q wherever it is. One unit moves it by at most C; N(0, (sigma C)^2) is added once. Under `local` every vector arrives
+noised and nothing is added; all is divided by declared constants and by the number of clients that answered, which the
+coordinator sees anyway.
 
-The vectors are added one by one as they arrive: memory does not grow with the cohort. `distributed` will enter here, as another
-way to the same noisy sum.
+The vectors are added one by one as they arrive: memory does not grow with the cohort. `distributed` will enter here, as
+another way to the same noisy sum.
 """
 
 from collections.abc import Iterable

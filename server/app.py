@@ -28,7 +28,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def open_run(directory: Path, config: RunConfig | None) -> CoordinatorState:
-    """A fresh state for `config` with its noise calibrated, or for None the state of the interrupted run in `directory`.
+    """A fresh state for `config` with its noise calibrated, or for None the state of the interrupted run in
+    `directory`.
 
     Raises ConfigError where a fresh run would overwrite another, CheckpointError where there is nothing to resume.
     """

@@ -1,7 +1,8 @@
 """The coordinator's state, and its one file: `checkpoint.safetensors`.
 
-Tensors as safetensors, the rest as JSON in the header; written beside and renamed, so that a crash at any moment leaves a whole one.
-A run continued from it is bit for bit the run that was not interrupted, but for privacy noise, which is never drawn twice the same.
+Tensors as safetensors, the rest as JSON in the header; written beside and renamed, so that a crash at any moment leaves
+a whole one. A run continued from it is bit for bit the run that was not interrupted, but for privacy noise, which is
+never drawn twice the same.
 """
 
 import copy
@@ -31,8 +32,9 @@ FILE_NAME = "checkpoint.safetensors"
 class CoordinatorState:
     """All that a run is between two rounds. Mutable; the round loop is its only writer.
 
-    ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged: for each node
-    that was asked, its moment rounds and its gradient steps, answered or not. last: figures of the last round.
+    ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged:
+    for each node that was asked, its moment rounds and its gradient steps, answered or not. last: figures of the last
+    round.
     """
 
     config: RunConfig
@@ -109,7 +111,10 @@ class CheckpointStore:
         self.path = directory / FILE_NAME
 
     def save(self, state: CoordinatorState) -> None:
-        """Write the state, flushed to the disk before the rename. Raises CheckpointError; the former one is then kept."""
+        """Write the state, flushed to the disk before the rename.
+
+        Raises CheckpointError; the former one is then kept.
+        """
         tensors: dict[str, Tensor] = {"rng": state.rng.get_state()}
         if state.moment_target is not None:
             tensors["moment_target"] = state.moment_target

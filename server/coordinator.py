@@ -1,11 +1,13 @@
 """THE MAIN LOOP of the coordinator: start reading here.
 
-A run is one moment round (unless switched off), the generator's fit to what it released, and the adversarial rounds. In each of these
-the clients answer with noised gradients of their discriminator on real faces; the coordinator adds the fakes' half, takes one Adam step,
-and every few rounds one generator step. All of the latter is post-processing. The state is on the disk before instructions leave: a
-coordinator that crashes asks the same again, and clients that had answered send the same bytes again.
+A run is one moment round (unless switched off), the generator's fit to what it released, and the adversarial rounds. In
+each of these the clients answer with noised gradients of their discriminator on real faces; the coordinator adds the
+fakes' half, takes one Adam step, and every few rounds one generator step. All of the latter is post-processing. The
+state is on the disk before instructions leave: a coordinator that crashes asks the same again, and clients that had
+answered send the same bytes again.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -92,25 +94,25 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
     """What this round asks of every client."""
     config = state.config
     moments = server_round <= config.moments.moment_rounds
-    instructions = {
-        "run_id": state.run_id,
-        "server_round": server_round,
-        "stage": Stage.MOMENTS if moments else Stage.GRADIENTS,
-        "model": config.model,
-        "privacy": config.privacy,
-        "moment_rounds": config.moments.moment_rounds,
-        "moment_noise_multiplier": config.moments.moment_noise_multiplier,
-        "feature_seed": config.moments.feature_seed,
-        "planned_steps": planned_steps(config),
-    }
+    instructions = RoundInstructions(
+        run_id=state.run_id,
+        server_round=server_round,
+        stage=Stage.MOMENTS if moments else Stage.GRADIENTS,
+        model=config.model,
+        privacy=config.privacy,
+        moment_rounds=config.moments.moment_rounds,
+        moment_noise_multiplier=config.moments.moment_noise_multiplier,
+        feature_seed=config.moments.feature_seed,
+        planned_steps=planned_steps(config),
+    )
     if moments:
-        return RoundInstructions(**instructions)
+        return instructions
     steps, fakes, labels = config.training.local_steps, None, None
     if steps > 1:
         images, classes = trainer.fakes(steps * config.training.fake_batch)
         fakes, labels = to_uint8(images), classes if classes is None else classes.cpu().numpy()
-    return RoundInstructions(
-        **instructions,
+    return dataclasses.replace(
+        instructions,
         local_steps=steps,
         local_lr=config.training.local_lr,
         discriminator=get_flat(state.discriminator),
@@ -122,7 +124,10 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
 def collect(
     state: CoordinatorState, exchange: Exchange, instructions: RoundInstructions, random: SecureRandom
 ) -> torch.Tensor:
-    """Ask the connected clients and average their vectors: (d,) float32. What was asked counts as charged, answered or not."""
+    """Ask the connected clients and average their vectors: (d,) float32.
+
+    What was asked counts as charged, answered or not.
+    """
     model = state.config.model
     if instructions.stage is Stage.MOMENTS:
         features = RandomFeatures(model.image_size, model.channels, instructions.feature_seed)
@@ -164,7 +169,9 @@ def discriminator_step(
     return {"fake_accuracy": accuracy}
 
 
-def fit_moments(state: CoordinatorState, trainer: GeneratorTrainer, store: CheckpointStore, observers: Sequence[Observer]) -> None:
+def fit_moments(
+    state: CoordinatorState, trainer: GeneratorTrainer, store: CheckpointStore, observers: Sequence[Observer]
+) -> None:
     """The moment stage's generator steps, from wherever they are."""
     saved = time.monotonic()
     while state.fitting:

@@ -1,7 +1,8 @@
 """Instructions out, updates in: one round over Flower's Grid.
 
-Every reply is checked before it is used; a client that refuses, fails or answers nonsense is left out of the round and counted by
-the kind of its error. The grid is polled here with a short, growing wait (Flower's own `send_and_receive` sleeps three seconds).
+Every reply is checked before it is used; a client that refuses, fails or answers nonsense is left out of the round and
+counted by the kind of its error. The grid is polled here with a short, growing wait (Flower's own `send_and_receive`
+sleeps three seconds).
 """
 
 import logging
@@ -24,8 +25,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.005, 0.1
 class Exchange:
     """The coordinator's end of the wire.
 
-    After a round: `asked` are the nodes that were asked, `refusals` counts the errors by kind, `bytes_down` and `bytes_up` are the
-    array bytes sent and received.
+    After a round: `asked` are the nodes that were asked, `refusals` counts the errors by kind, `bytes_down` and
+    `bytes_up` are the array bytes sent and received.
     """
 
     def __init__(self, grid: Grid, training: TrainingConfig) -> None:
@@ -52,7 +53,9 @@ class Exchange:
             wait = min(wait * 1.5, 1.0)
         return nodes
 
-    def collect(self, instructions: RoundInstructions, nodes: list[int], dimension: int) -> Iterator[DiscriminatorUpdate]:
+    def collect(
+        self, instructions: RoundInstructions, nodes: list[int], dimension: int
+    ) -> Iterator[DiscriminatorUpdate]:
         """Ask `nodes` and yield each valid update of `dimension` as it arrives.
 
         Raises CohortTooSmall at the end where fewer than min-clients answered: what was yielded must then be dropped.
@@ -60,12 +63,13 @@ class Exchange:
         content = instructions.to_record()
         timeout_s = self._training.round_timeout_s
         messages = [
-            Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(instructions.server_round))
+            Message(
+                content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(instructions.server_round)
+            )
             for node in nodes
         ]
         self.asked, self.refusals = nodes, Counter()
-        payload = sum(len(array.data) for array in content["arrays"].values())  # type: ignore[union-attr]
-        self.bytes_down, self.bytes_up = payload * len(nodes), 0
+        self.bytes_down, self.bytes_up = len(nodes) * instructions.num_bytes, 0
         answered = 0
         for reply in self._replies(messages, time.monotonic() + timeout_s):
             if reply.has_error():

@@ -1,8 +1,8 @@
 """The generator's training: post-processing of what the clients released, so it costs no privacy.
 
-The moment stage fits the generator to the released mean features. The adversarial rounds then follow the discriminator's gradient
-and keep the moment term beside it. Learning rates are functions of the step alone, and all randomness is `state.rng`: a checkpoint
-between any two steps loses nothing.
+The moment stage fits the generator to the released mean features. The adversarial rounds then follow the
+discriminator's gradient and keep the moment term beside it. Learning rates are functions of the step alone, and all
+randomness is `state.rng`: a checkpoint between any two steps loses nothing.
 """
 
 import torch
@@ -37,16 +37,17 @@ class GeneratorTrainer:
         progress = state.generator_steps / max(moments.moment_steps, 1)
         _set_rate(state.generator_optimizer, moments.moment_lr * min(1.0, 2.0 * (1.0 - progress)), (0.5, 0.99))
         state.generator_optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         state.generator_optimizer.step()
         self._stepped()
         return {"moment_loss": loss.item()}
 
     def adversarial_step(self) -> dict[str, float]:
-        """One Adam step against the discriminator, the moment term's gradient scaled to `moment_weight` times the adversarial one.
+        """One Adam step against the discriminator, the moment term's gradient scaled to `moment_weight` times the
+        adversarial one.
 
-        The two are balanced by their norms at the images, where both are known before anything flows into the generator. Returns
-        figures on fakes.
+        The two are balanced by their norms at the images, where both are known before anything flows into the
+        generator. Returns figures on fakes.
         """
         state, config = self._state, self._state.config
         if state.moment_target is not None and state.generator_steps == config.moments.moment_steps:
@@ -64,13 +65,14 @@ class GeneratorTrainer:
             figures["moment_loss"] = moment_loss.item()
         _set_rate(state.generator_optimizer, config.training.generator_lr, (config.training.adam_beta1, 0.999))
         state.generator_optimizer.zero_grad()
-        fakes.backward(gradient)
+        torch.autograd.backward(fakes, gradient)
         state.generator_optimizer.step()
         self._stepped()
         return figures
 
     def note_accuracy(self, accuracy: float) -> None:
-        """Take in the discriminator's accuracy on a batch of fakes; where adaptive, give it more steps while that is poor."""
+        """Take in the discriminator's accuracy on a batch of fakes; where adaptive, give it more steps while that is
+        poor."""
         state, training = self._state, self._state.config.training
         state.fake_accuracy = _ACCURACY_DECAY * state.fake_accuracy + (1 - _ACCURACY_DECAY) * accuracy
         due = state.rounds_since_generator_step >= state.discriminator_steps
@@ -100,11 +102,15 @@ class GeneratorTrainer:
 
     def _stepped(self) -> None:
         self._state.generator_steps += 1
-        update_ema(self._state.ema, self._state.generator, self._state.config.training.ema_decay, self._state.generator_steps)
+        update_ema(
+            self._state.ema, self._state.generator, self._state.config.training.ema_decay, self._state.generator_steps
+        )
 
 
 def draw_latents(config: RunConfig, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Latents (count, latent_dim) ~ N(0, 1) and labels (count,) int64 in turn 0, 1, ..., None for an unconditional model."""
+    """Latents (count, latent_dim) ~ N(0, 1) and labels (count,) int64 in turn 0, 1, ..., None for an unconditional
+    model.
+    """
     latents = torch.randn(count, config.model.latent_dim, generator=rng)
     classes = config.model.num_classes
     return latents, torch.arange(count) % classes if classes else None
@@ -112,7 +118,8 @@ def draw_latents(config: RunConfig, count: int, rng: torch.Generator) -> tuple[T
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move `ema` toward `network`, running statistics of batch norms included; the decay grows to its value over first steps."""
+    """Move `ema` toward `network`, running statistics of batch norms included; the decay grows to its value over first
+    steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for average, value in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
         if average.is_floating_point():

@@ -28,9 +28,8 @@ class ProgressBar:
             console=console,
         )
         config = state.config
-        self._fit = self._rounds = None
-        if config.moments.moment_rounds:
-            self._fit = self._progress.add_task("moments", total=config.moments.moment_steps, figures="", start=False)
+        steps, fitted = config.moments.moment_steps * config.moments.moment_rounds, config.moments.moment_rounds > 0
+        self._fit = self._progress.add_task("moments", total=steps, figures="", start=False, visible=fitted)
         self._rounds = self._progress.add_task("rounds ", total=state.last_round, figures="", start=False)
         self._progress.update(self._rounds, completed=state.next_round - 1)
 
@@ -45,9 +44,8 @@ class ProgressBar:
 
     def fit_stepped(self, state: CoordinatorState) -> None:
         """Move the moment stage's bar."""
-        if self._fit is not None:
-            self._progress.start_task(self._fit)
-            self._progress.update(self._fit, completed=state.generator_steps, figures=_figures(state))
+        self._progress.start_task(self._fit)
+        self._progress.update(self._fit, completed=state.generator_steps, figures=_figures(state))
 
     def round_ended(self, state: CoordinatorState) -> None:
         """Move the rounds' bar."""

@@ -1,11 +1,11 @@
 """What a run leaves behind: `runs/NAME/`.
 
-    config.toml             the configuration as resolved
-    rounds.jsonl            one line a round: functions of noisy updates, fakes and public data only
-    events.out.tfevents.*   the same for TensorBoard
-    samples/*.png           the generator's moving average on fixed latents
-    generator.safetensors   its weights; generator.json, its card
-    checkpoint.safetensors  the coordinator's state
+config.toml             the configuration as resolved
+rounds.jsonl            one line a round: functions of noisy updates, fakes and public data only
+events.out.tfevents.*   the same for TensorBoard
+samples/*.png           the generator's moving average on fixed latents
+generator.safetensors   its weights; generator.json, its card
+checkpoint.safetensors  the coordinator's state
 """
 
 import json
@@ -35,7 +35,10 @@ _SAMPLES = 64
 
 
 class RunRecorder:
-    """An observer that writes the run's folder. Continues the files of an interrupted run where the checkpoint stands."""
+    """An observer that writes the run's folder.
+
+    Continues the files of an interrupted run where the checkpoint stands.
+    """
 
     def __init__(self, directory: Path, state: CoordinatorState) -> None:
         self.directory = directory
@@ -45,7 +48,7 @@ class RunRecorder:
         _drop_rounds_from(self._lines, state.next_round)
         if state.last.get("round") == state.next_round - 1 and not _has_round(self._lines, state.next_round - 1):
             self._write_line(state)
-        self._board = SummaryWriter(str(directory), purge_step=state.next_round)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(directory), purge_step=state.next_round)
         latents = torch.Generator().manual_seed(state.config.training.seed + 1)
         count = _SAMPLES if state.config.model.num_classes == 0 else 8 * state.config.model.num_classes
         self._latents, self._labels = draw_latents(state.config, count, latents)
@@ -81,7 +84,7 @@ class RunRecorder:
         write_atomically(self.directory / "generator.safetensors", save(weights))
         card = json.dumps(card_of(state), indent=2) + "\n"
         write_atomically(self.directory / "generator.json", card.encode())
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
         return self.picture(state, "final")
 
     def _write_line(self, state: CoordinatorState) -> None:
@@ -92,7 +95,7 @@ class RunRecorder:
     def _scalars(self, prefix: str, figures: dict[str, Any], step: int) -> None:
         for name, value in figures.items():
             if isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(prefix + name, value, step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(prefix + name, value, step)
 
 
 def epsilon_by_node(state: CoordinatorState) -> dict[str, float]:

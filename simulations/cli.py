@@ -34,7 +34,9 @@ def _simulate(
     if not resume:
         config = load_recipe(recipe, _absolute(overrides or {}))
     elif overrides:
-        raise ConfigError(f"a resumed run keeps its configuration: leave out --{', --'.join(overrides)}, or start a new run")
+        raise ConfigError(
+            f"a resumed run keeps its configuration: leave out --{', --'.join(overrides)}, or start a new run"
+        )
 
     from server.coordinator import describe
     from server.progress import PlainProgress, ProgressBar
@@ -59,10 +61,14 @@ def _simulate(
         else:
             outcome = simulate(directory, state, faces, [PlainProgress()])
     except KeyboardInterrupt:
-        console.print(f"\nstopped; nothing is lost. Go on with: visard simulate {recipe} --name {directory.name} --resume")
+        console.print(
+            f"\nstopped; nothing is lost. Go on with: visard simulate {recipe} --name {directory.name} --resume"
+        )
         sys.exit(130)
     console.print(_closing_table(outcome))
-    console.print(f"faces: {outcome.picture}\nmore:  visard generate {directory} -n 64", highlight=False, soft_wrap=True)
+    console.print(
+        f"faces: {outcome.picture}\nmore:  visard generate {directory} -n 64", highlight=False, soft_wrap=True
+    )
 
 
 def generate(

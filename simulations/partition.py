@@ -21,9 +21,9 @@ def partition(dataset: FaceDataset, num_clients: int, how: str, seed: int) -> li
 def iid(dataset: FaceDataset, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Images dealt out at random, evenly to within one.
 
-    On data with persons a person may then be at several clients. The promise for unit 'person' takes each person to be at
-    one client only: with one person at k clients, `local` composes k times and `central` has k times the sensitivity, so
-    the epsilon in the ledgers does not hold for that person. Use 'person' there.
+    On data with persons a person may then be at several clients. The promise for unit 'person' takes each person to be
+    at one client only: with one person at k clients, `local` composes k times and `central` has k times the
+    sensitivity, so the epsilon in the ledgers does not hold for that person. Use 'person' there.
     """
     if len(dataset) < num_clients:
         raise DataError(f"{len(dataset)} images for {num_clients} clients: use more images or fewer clients")

@@ -16,10 +16,15 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(recipe: str, overrides: Mapping[str, Scalar]) -> RunConfig:
-    """A recipe by name, or a TOML file by path, with overrides on top. Raises ConfigError, with the nearest name, for neither."""
+    """A recipe by name, or a TOML file by path, with overrides on top.
+
+    Raises ConfigError, with the nearest name, for neither.
+    """
     path = Path(recipe) if recipe.endswith(".toml") else FOLDER / f"{recipe}.toml"
     if not path.exists():
         near = difflib.get_close_matches(recipe, recipe_names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no recipe {recipe!r}: {hint}recipes are {', '.join(recipe_names())}, or a path to a .toml")
+        raise ConfigError(
+            f"there is no recipe {recipe!r}: {hint}recipes are {', '.join(recipe_names())}, or a path to a .toml"
+        )
     return RunConfig.from_flat({**load_toml(path), **overrides})

@@ -26,7 +26,9 @@ from simulations.partition import partition
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a simulation. ledgers: (epsilon by the client's own ledger, the same by PRV) of each client, if private."""
+    """What came of a simulation. ledgers: (epsilon by the client's own ledger, the same by PRV) of each client, if
+    private.
+    """
 
     state: CoordinatorState
     picture: Path
@@ -52,7 +54,9 @@ def simulate(
     observers: Sequence[Observer] = (),
     client_app: ClientApp = shipped_client_app,
 ) -> Outcome:
-    """Train to the end. Each simulated client is an ordinary one: own faces, own policy, own ledger under the run's folder."""
+    """Train to the end. Each simulated client is an ordinary one: own faces, own policy, own ledger under the run's
+    folder.
+    """
     with dealt_out(faces, state.config) as files:
         node_configs = [owner_config(state.config, file, directory / "clients" / file.stem) for file in files]
         picture = run(InProcessGrid(client_app, node_configs), state, directory, observers)
@@ -88,7 +92,8 @@ def owner_config(config: RunConfig, data: Path, state_dir: Path) -> dict[str, Us
 
 
 def read_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
-    """Epsilon that each simulated client's own ledger holds, and the same releases by PRV; none in a run without privacy."""
+    """Epsilon that each simulated client's own ledger holds, and the same releases by PRV; none in a run without
+    privacy."""
     privacy = config.privacy
     if privacy.privacy_model is PrivacyModel.NONE:
         return []
@@ -104,7 +109,8 @@ def read_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]
 
 
 def declared_against_held(config: RunConfig, faces: FaceDataset) -> str | None:
-    """A remark where the declared constants are far from what the simulated clients hold, which would waste noise or bias the mean."""
+    """A remark where the declared constants are far from what the simulated clients hold, which would waste noise or
+    bias the mean."""
     held = len(faces.units(config.privacy.unit)) / config.simulation.num_clients
     declared = config.privacy.declared_units
     if 0.8 <= declared / held <= 1.25:
@@ -122,5 +128,7 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise DataError(f"cannot keep preprocessed faces in {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from error
+        raise DataError(
+            f"cannot keep preprocessed faces in {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
     return folder

@@ -29,10 +29,13 @@ class TrainedGenerator:
 
     @classmethod
     def load(cls, run: Path) -> "TrainedGenerator":
-        """Read `generator.safetensors` and `generator.json` of a run. Raises CheckpointError where they are missing or damaged."""
+        """Read `generator.safetensors` and `generator.json` of a run.
+
+        Raises CheckpointError where they are missing or damaged.
+        """
         try:
             card = json.loads((run / "generator.json").read_text(encoding="utf-8"))
-            model = RunConfig.from_flat({key: value for key, value in card["config"].items()}).model
+            model = RunConfig.from_flat(card["config"]).model
             network = build_generator(
                 model.generator,
                 image_size=model.image_size,
@@ -51,7 +54,8 @@ class TrainedGenerator:
     def draw(self, count: int, seed: int, label: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Images (count, C, H, W) uint8 and their labels (count,) int64, None where unconditional.
 
-        Labels go round in turn unless `label` names one. Raises ConfigError for a label that the generator does not have.
+        Labels go round in turn unless `label` names one. Raises ConfigError for a label that the generator does not
+        have.
         """
         classes = self.model.num_classes
         if label is not None and not 0 <= label < classes:

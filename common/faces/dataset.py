@@ -45,8 +45,8 @@ class FaceOptions:
 class FaceDataset:
     """Images of faces, decoded and of one size.
 
-    images: uint8 (N, C, H, H), C 1 or 3. persons: int64 (N,), the number of the person on each image, 0..num_persons-1 with
-    none left out; None where the source knows no persons. labels: int64 (N,), classes >= 0; None where the source has none.
+    images: uint8 (N, C, H, H), C 1 or 3. persons: int64 (N,), the number of the person on each image, 0..num_persons-1
+    with none left out; None where the source knows no persons. labels: int64 (N,), classes >= 0; None where it has none.
     Raises DataError where these do not fit each other.
     """
 
@@ -94,17 +94,17 @@ class FaceDataset:
         return torch.from_numpy(self.images[self._checked(indices)]).to(torch.float32).div_(127.5).sub_(1.0)
 
     def subset(self, indices: np.ndarray) -> Self:
-        """The images at `indices` (B,), copied, in that order; the persons left are numbered anew from 0 in the old order."""
+        """The images at `indices` (B,), copied, in that order; the persons left are numbered anew from 0."""
         indices = self._checked(indices)
         persons = None if self.persons is None else np.unique(self.persons[indices], return_inverse=True)[1]
         labels = None if self.labels is None else self.labels[indices]
         return type(self)(self.images[indices], None if persons is None else persons.astype(np.int64), labels)
 
     def units(self, unit: PrivacyUnit) -> list[np.ndarray]:
-        """The image indices, int64, of every privacy unit: adding or removing one of these is what the noise hides.
+        """The image indices, int64, of every privacy unit: to add or remove one of these is what noise hides.
 
-        PERSON: entry p holds all images of person p. Raises DataError where the source knows no persons: taking each image
-        for a person would promise more than is kept.
+        PERSON: entry p holds all images of person p. Raises DataError where the source knows no persons: taking each
+        image for a person would promise more than is kept.
         """
         if unit is PrivacyUnit.IMAGE:
             return list(np.arange(len(self)).reshape(-1, 1))

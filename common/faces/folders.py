@@ -24,8 +24,8 @@ class SkippedImages(UserWarning):
 class Listing:
     """What a folder holds.
 
-    groups: the files of each person, or of one nameless group where `by_person` is false. skipped: the name of each thing
-    that was not even tried, and why.
+    groups: the files of each person, or of one nameless group where `by_person` is false. skipped: the name of each
+    thing that was not even tried, and why.
     """
 
     folder: Path
@@ -55,27 +55,20 @@ def list_faces(folder: Path) -> Listing:
         skipped += [(f"{person.name}/{path.name}", "a folder inside a person's folder") for path in inner]
         if files:
             groups.append(files)
-    if not groups and not loose:
-        advice = (
-            "its folders hold only folders: name the one above the persons"
-            if nested
-            else "put images or person folders there"
-        )
-        raise DataError(f"{folder} holds no files: {advice}")
     by_person = any(is_image(path) for files in groups for path in files)
     images = [path for path in loose if is_image(path)] if by_person else loose
     if by_person and images:
         raise DataError(
-            f"{folder} holds both loose images ({len(images)}, such as {images[0].name}) and person folders ({len(groups)}): "
-            "whose are the loose ones? Move each into its person's folder, or all images into one folder without persons"
+            f"{folder} holds both loose images ({len(images)}, such as {images[0].name}) and person folders "
+            f"({len(groups)}): whose are the loose ones? Move each into its person's folder, or all images into one "
+            "folder without persons"
         )
     if by_person:
         skipped += [(path.name, "not an image") for path in loose]
         return Listing(folder, groups, True, skipped)
-    if not loose:
-        raise DataError(
-            f"{folder} holds no image that can be read, nor do the {len(groups)} folders in it: check the path"
-        )
+    if not any(is_image(path) for path in loose):
+        advice = "its folders hold only folders: name the one above the persons" if nested else "check the path"
+        raise DataError(f"{folder} holds no image that can be read, nor do the {len(folders)} folders in it: {advice}")
     return Listing(folder, [loose], False, skipped)
 
 

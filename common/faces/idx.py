@@ -37,8 +37,8 @@ def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
         ]
         if not found:
             raise DataError(
-                f"{folder} has IDX files and no {PREFIXES[split][0]}-{kind}-idx{rank}-ubyte[.gz] among them: add it, or ask "
-                "for the other split"
+                f"{folder} has IDX files and no {PREFIXES[split][0]}-{kind}-idx{rank}-ubyte[.gz] among "
+                "them: add it, or ask for the other split"
             )
         pair.append(found[0])
     return pair[0], pair[1]

@@ -1,7 +1,7 @@
 """One door to every source of faces, and a private cache of what came through it.
 
-The cache holds photographs, small ones: its folder is for the owner alone (0700), and when a source has changed, the older
-copy is deleted, so that a photograph taken out of the source does not live on there.
+The cache holds photographs, small ones: its folder is for the owner alone (0700), and when a source has changed, the
+older copy is deleted, so that a photograph taken out of the source does not live on there.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """From a photograph as it lies on the owner's disk to a small square of uint8.
 
-Upright (EXIF), centre crop to a square, Lanczos to the size, grey or colour. Nothing else: no face detector that would have
-to be trusted, no random step. The face is expected near the middle; `FaceOptions.crop` says how close to go.
+Upright (EXIF), centre crop to a square, Lanczos to the size, grey or colour. Nothing else: no face detector that would
+have to be trusted, no random step. The face is expected near the middle; `FaceOptions.crop` says how close to go.
 """
 
 import math
@@ -16,7 +16,7 @@ from common.faces.dataset import FaceOptions
 # Part of the cache's key: raise it whenever the same photograph would come out different.
 PREPROCESSING_VERSION = 1
 # Only plain raster formats: Pillow would otherwise hand some files to other programs (EPS to Ghostscript).
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 Image.init()  # an explicit list of formats finds only those already registered
 
 

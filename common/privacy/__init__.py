@@ -1,0 +1,1 @@
+"""Units, randomness, clipping, accounting and the ledger."""

@@ -1,9 +1,9 @@
 """What a sequence of releases costs: Renyi differential privacy, on Opacus's analysis.
 
-Neighbours: add or remove one unit. Every mechanism is a Gaussian one on a sum in which a unit counts for at most one clipping norm,
-after Poisson sampling at rate q (q = 1: no sampling). RDP adds up over rounds order by order (Mironov 2017), also when later rounds
-are chosen after seeing earlier ones, as long as the order is fixed beforehand (Feldman, Zrnic 2021). PRV (Gopi, Lee, Wutschitz
-2021) is tighter and shown beside it, for schedules fixed beforehand only.
+Neighbours: add or remove one unit. Every mechanism is a Gaussian one on a sum in which a unit counts for at most one
+clipping norm, after Poisson sampling at rate q (q = 1: no sampling). RDP adds up over rounds order by order (Mironov
+2017), also when later rounds are chosen after seeing earlier ones, as long as the order is fixed beforehand (Feldman,
+Zrnic 2021). PRV (Gopi, Lee, Wutschitz 2021) is tighter and shown beside it, for schedules fixed beforehand only.
 """
 
 import math
@@ -32,8 +32,8 @@ _ROUND_UP = 1 + 1e-9
 class Release:
     """One round's worth of releases at one client.
 
-    mechanism: `gradients` (the noised sum of clipped gradients) or `moments` (the noised sum of clipped feature vectors). The
-    meaning of a name never changes; a new mechanism gets a new name.
+    mechanism: `gradients` (the noised sum of clipped gradients) or `moments` (the noised sum of clipped feature
+    vectors). The meaning of a name never changes; a new mechanism gets a new name.
     """
 
     mechanism: str
@@ -47,7 +47,7 @@ MECHANISMS = ("gradients", "moments")
 
 @lru_cache(maxsize=4096)
 def _step_rdp(noise_multiplier: float, sample_rate: float) -> np.ndarray:
-    rdp = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+    rdp = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(ORDERS))
     return np.asarray(rdp, dtype=np.float64) * _ROUND_UP
 
 
@@ -77,7 +77,10 @@ def best_order(releases: Iterable[Release], delta: float) -> int:
 
 
 def tight_epsilon_of(releases: Iterable[Release], delta: float) -> float:
-    """Epsilon by PRV, an upper bound within its error of 0.01; schedules fixed beforehand only. Takes up to a second."""
+    """Epsilon by PRV, an upper bound within its error of 0.01; schedules fixed beforehand only.
+
+    Takes up to a second.
+    """
     merged = _merged(releases)
     if not merged:
         return 0.0
@@ -91,7 +94,8 @@ def tight_epsilon_of(releases: Iterable[Release], delta: float) -> float:
 def calibrate_noise_multiplier(
     epsilon: float, delta: float, sample_rate: float, steps: int, fixed: Iterable[Release] = ()
 ) -> float:
-    """The least noise multiplier (to 0.1 %, rounded up) with which `steps` gradient steps and the `fixed` releases cost `epsilon`.
+    """The least noise multiplier (to 0.1 %, rounded up) with which `steps` gradient steps and the `fixed` releases cost
+    `epsilon`.
 
     Raises ConfigError where the fixed releases alone pass epsilon, or no noise up to 10,000 suffices.
     """

@@ -7,11 +7,12 @@ An append-only file of JSON lines, flushed to the disk line by line:
      "instructions": SHA-256 of what was asked}
     {"type": "released", "run": ..., "round": 7, "reply": SHA-256 of what was answered}
 
-Claim: whatever is asked, in whatever order and after whatever crash, the releases charged here are together (max_epsilon, delta)
-differentially private under adding or removing one unit. The RDP order is chosen at the first charge from the schedule then planned
-and never again, which makes the running total a privacy filter for noise and rates chosen later in view of earlier answers (Feldman,
-Zrnic 2021, theorem 4.3). A round that was charged and not released may be computed again under the same charge, since nobody saw the
-first result; once released, the same bytes are sent again and nothing else. There is no refund.
+Claim: whatever is asked, in whatever order and after whatever crash, the releases charged here are together
+(max_epsilon, delta) differentially private under adding or removing one unit. The RDP order is chosen at the first
+charge from the schedule then planned and never again, which makes the running total a privacy filter for noise and
+rates chosen later in view of earlier answers (Feldman, Zrnic 2021, theorem 4.3). A round that was charged and not
+released may be computed again under the same charge, since nobody saw the first result; once released, the same bytes
+are sent again and nothing else. There is no refund.
 """
 
 import fcntl
@@ -63,10 +64,10 @@ class Ledger:
     ) -> bytes | None:
         """Charge a round before its data is touched.
 
-        `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order. `instructions`: their digest.
-        Returns None where the round is to be computed, or the very bytes to send again where it was answered before. Raises
-        BudgetExhausted before anything is written where max_epsilon would be passed, and PrivacyError where a round number comes
-        back with other instructions.
+        `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order. `instructions`: their
+        digest. Returns None where the round is to be computed, or the very bytes to send again where it was answered
+        before. Raises BudgetExhausted before anything is written where max_epsilon would be passed, and PrivacyError
+        where a round number comes back with other instructions.
         """
         with self._locked():
             known = self._charged.get((run_id, server_round))
@@ -97,10 +98,13 @@ class Ledger:
             return None
 
     def release(self, run_id: str, server_round: int, reply: bytes) -> None:
-        """Put the noised reply on the disk and note its hash: from here on this round is answered with these bytes only."""
+        """Put the noised reply on the disk and note its hash: from here on this round is answered with these bytes
+        only."""
         with self._locked():
             if (run_id, server_round) not in self._charged or (run_id, server_round) in self._released:
-                raise PrivacyError(f"round {server_round} was not charged, or was answered before: nothing may be released")
+                raise PrivacyError(
+                    f"round {server_round} was not charged, or was answered before: nothing may be released"
+                )
             write_atomically(self._reply_path, reply)
             digest = hashlib.sha256(reply).hexdigest()
             self._append({"type": "released", "run": run_id, "round": server_round, "reply": digest})
@@ -113,7 +117,9 @@ class Ledger:
             return None
         reply = self._reply_path.read_bytes() if self._reply_path.exists() else b""
         if hashlib.sha256(reply).hexdigest() != digest:
-            raise PrivacyError(f"round {server_round} was answered and its answer is no longer kept; ask for a later round")
+            raise PrivacyError(
+                f"round {server_round} was answered and its answer is no longer kept; ask for a later round"
+            )
         return reply
 
     @contextmanager
@@ -171,7 +177,10 @@ class Ledger:
         key = (str(record["run"]), int(record["round"]))
         if kind == "charged":
             release = Release(
-                record["mechanism"], float(record["noise_multiplier"]), float(record["sample_rate"]), int(record["steps"])
+                record["mechanism"],
+                float(record["noise_multiplier"]),
+                float(record["sample_rate"]),
+                int(record["steps"]),
             )
             if release.mechanism not in MECHANISMS or key in self._charged:
                 raise ValueError(f"an unknown mechanism or a second charge of round {key[1]}")

@@ -1,7 +1,7 @@
 """Cryptographic randomness for noise and sampling.
 
-A seeded generator would let whoever knows the seed subtract the noise, so nothing that a run is configured with reaches this module:
-the key comes from the operating system. Only a test may hand in a key of its own.
+A seeded generator would let whoever knows the seed subtract the noise, so nothing that a run is configured with reaches
+this module: the key comes from the operating system. Only a test may hand in a key of its own.
 """
 
 import math
@@ -43,7 +43,8 @@ class SecureRandom:
         return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
 
     def poisson_sample(self, num_units: int, sample_rate: float) -> np.ndarray:
-        """The units drawn when each enters independently with probability `sample_rate`: sorted int64 indices, perhaps none."""
+        """The units drawn when each enters independently with probability `sample_rate`: sorted int64 indices, perhaps
+        none."""
         return np.flatnonzero(self.uniform(num_units) < sample_rate)
 
     def choose(self, items: np.ndarray, count: int) -> np.ndarray:
@@ -56,12 +57,13 @@ class SecureRandom:
 def add_gaussian_noise(total: Tensor, standard_deviation: float, random: SecureRandom) -> Tensor:
     """The Gaussian mechanism on a sum: N(0, standard_deviation^2) added to each coordinate, then rounded to a lattice.
 
-    Claim: where adding or removing one unit moves `total` by at most C in L2 norm, releasing the result is one Gaussian mechanism
-    of noise multiplier standard_deviation / C (Dwork, Roth 2014, appendix A). Rounding is post-processing.
+    Claim: where adding or removing one unit moves `total` by at most C in L2 norm, releasing the result is one Gaussian
+    mechanism of noise multiplier standard_deviation / C (Dwork, Roth 2014, appendix A). Rounding is post-processing.
 
-    The sum is formed in float64 and rounded to multiples of a power of two near 2^-14 standard deviations, so that the low bits of
-    the float32 released, through which the exact sum can be told (Mironov 2012), are the lattice's and not the sum's. Not closed:
-    the noise itself takes one of at most 2^106 values a pair of coordinates rather than a continuum.
+    The sum is formed in float64 and rounded to multiples of a power of two near 2^-14 standard deviations, so that the
+    low bits of the float32 released, through which the exact sum can be told (Mironov 2012), are the lattice's and not
+    the sum's. Not closed: the noise itself takes one of at most 2^106 values a pair of coordinates rather than a
+    continuum.
 
     total: (d,) any float type. Returns (d,) float32 on the CPU.
     """
