@@ -6,6 +6,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from common.errors import VisardError
 
@@ -15,7 +16,10 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 def build() -> typer.Typer:
     """All commands."""
+    from client.cli import start as start_client
+    from server.cli import start_command
     from simulations.cli import generate, simulate
+    from simulations.recipe import load_recipe
 
     app = typer.Typer(
         help="Train one face generator together, without showing a photograph to anyone.",
@@ -25,6 +29,14 @@ def build() -> typer.Typer:
     )
     app.command("simulate")(simulate)
     app.command("generate")(generate)
+    client = typer.Typer(help="An owner's side: keeps the faces, enforces the budget.", no_args_is_help=True)
+    client.command("start")(start_client)
+    client.callback()(lambda: None)
+    coordinator = typer.Typer(help="The other side: keeps the generator, sees no photograph.", no_args_is_help=True)
+    coordinator.command("start")(start_command(load_recipe))
+    coordinator.callback()(lambda: None)
+    app.add_typer(client, name="client")
+    app.add_typer(coordinator, name="coordinator")
     return app
 
 
@@ -34,7 +46,7 @@ def main() -> None:
     try:
         build()()
     except VisardError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

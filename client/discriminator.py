@@ -25,6 +25,7 @@ from common.messages import RoundInstructions
 from common.models.discriminators import build_discriminator
 from common.models.flat import get_flat, set_flat
 from common.models.losses import LOSSES
+from common.privacy.clipping import check_no_cross_sample
 from common.privacy.randomness import SecureRandom, add_gaussian_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
 
@@ -103,6 +104,11 @@ def cached_discriminator(model: ModelConfig) -> nn.Module:
         num_classes=model.num_classes,
         width=model.discriminator_width,
     )
+    # The clipping bounds a unit's influence only where no layer mixes images: two random ones tell.
+    random = torch.Generator().manual_seed(0)
+    example = torch.randn(2, model.channels, model.image_size, model.image_size, generator=random)
+    labels = torch.arange(2) % model.num_classes if model.num_classes else None
+    check_no_cross_sample(discriminator, example, labels)
     return discriminator.to(pick_device())
 
 

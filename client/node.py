@@ -40,21 +40,16 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from common.errors import ProtocolError
-from common.flower import loopback_address, require_tested_flower
+from common.flower import loopback_address, quiet_flower_log, require_tested_flower
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("visard.client")
 
 _SHORTEST_WAIT_S = 0.02
 _LONGEST_POLL_WAIT_S = 0.25
@@ -79,6 +74,7 @@ def run_node(superlink: str, client_app: ClientApp, node_config: Mapping[str, Us
     not loopback or a SuperLink that refuses this node.
     """
     require_tested_flower()
+    quiet_flower_log()
     loopback_address(superlink)
     with _signals_as_stop(), contextlib.suppress(_Stopped):
         node = _WarmNode(superlink, client_app, node_config)
@@ -108,7 +104,7 @@ class _WarmNode:
         ]
         with FleetHttpClient.from_server_address(self._superlink, True, None, interceptors) as client:
             node = self._register(client, public_key_to_bytes(public_key))
-            _log.info("joined the SuperLink at %s as node %d", self._superlink, node.node_id)
+            log.info("joined the SuperLink at %s as node %d", self._superlink, node.node_id)
             heartbeat = HeartbeatSender(lambda: _heartbeat(client, node))
             heartbeat.start()
             try:
@@ -134,15 +130,16 @@ class _WarmNode:
             try:
                 pulled = self._retry(client.PullMessages, PullMessagesRequest(node=node))
             except _RefusedError as error:
-                _log.warning("the SuperLink no longer knows this node (%s); joining again", error)
+                log.warning("the SuperLink no longer knows this node (%s); joining again", error)
                 time.sleep(_LONGEST_POLL_WAIT_S)
                 return
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 try:
                     self._answer(client, node, proto.metadata.run_id, tree)
-                except (_RefusedError, ObjectPullError, ObjectPushError, ValueError, TypeError, KeyError) as error:
-                    # The run ended meanwhile, the message expired, or the coordinator died half way through sending it.
-                    _log.warning("a message was dropped: %s", type(error).__name__)
+                except Exception as error:
+                    # The run ended, the message expired, the coordinator died half way through sending it, or sent
+                    # what Flower cannot read. The next message may be better.
+                    log.warning("a message was dropped: %s", type(error).__name__)
             wait_s = _SHORTEST_WAIT_S if pulled.messages_list else min(1.5 * wait_s, _LONGEST_POLL_WAIT_S)
             time.sleep(wait_s)
 
@@ -183,7 +180,7 @@ class _WarmNode:
                 raise ProtocolError("the ClientApp did not return a reply to its message")
         except Exception as error:
             # The class name leaves; the text, which may hold a path or a count, stays in the owner's log.
-            _log.exception("the ClientApp failed")
+            log.exception("the ClientApp failed")
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
         return reply
 
@@ -201,14 +198,14 @@ class _WarmNode:
                 answer = call(request)
             except httpx.TransportError as error:
                 if not warned and time.monotonic() - down_since > 1.0:
-                    _log.warning("waiting for the SuperLink at %s (%s)", self._superlink, type(error).__name__)
+                    log.warning("waiting for the SuperLink at %s (%s)", self._superlink, type(error).__name__)
                     warned = True
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in (502, 503, 504):
                     raise _RefusedError(f"status {error.response.status_code}: {error.response.text[:200]}") from error
             else:
                 if warned:
-                    _log.warning("the SuperLink is back after %.0f s", time.monotonic() - down_since)
+                    log.warning("the SuperLink is back after %.0f s", time.monotonic() - down_since)
                 return answer
             # Flower's transfer threads wait here too, and would keep a stopped process alive.
             if self.stopping.wait(wait_s):

@@ -5,11 +5,13 @@ It comes from the node's own configuration, never from the run's: the coordinato
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from flwr.app import Context
 
+from common.config import convert
 from common.errors import ConfigError, PrivacyError
+from common.faces.procedural import parse_source
 from common.messages import RoundInstructions
 from common.privacy.units import PrivacyModel, PrivacyUnit
 
@@ -55,20 +57,22 @@ class OwnerPolicy:
             raise ConfigError(
                 f"unknown keys in this node's configuration: {', '.join(sorted(unknown))}; known: {sorted(known)}"
             )
-        values: dict[str, Any] = {known[key]: value for key, value in config.items() if key in known}
-        try:
-            values["state_dir"] = Path(str(values["state_dir"])).expanduser()
-            values["unit"] = PrivacyUnit(values.get("unit", "person"))
-            policy = cls(**values)
-            in_range = 0 <= float(policy.max_epsilon) < float("inf") and 0 < float(policy.delta) < 0.5
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"this node's configuration has a wrong value: {error}") from error
-        if not in_range or not 0 < policy.crop <= 1:
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {
+            known[key]: Path(str(value)).expanduser()
+            if hints[known[key]] is Path
+            else convert(key, value, hints[known[key]])
+            for key, value in config.items()
+            if key in known
+        }
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.max_epsilon < float("inf") and 0 < self.delta < 0.5 and 0 < self.crop <= 1):
             raise ConfigError(
-                f"max-epsilon {policy.max_epsilon} must be finite and not negative, delta {policy.delta} in (0, 0.5), crop "
-                f"{policy.crop} in (0, 1]"
+                f"max-epsilon {self.max_epsilon} must be finite and not negative, delta {self.delta} in (0, 0.5), crop "
+                f"{self.crop} in (0, 1]"
             )
-        return policy
 
     def check(self, instructions: RoundInstructions) -> None:
         """Refuse a round that this owner does not allow. Raises PrivacyError before anything is charged or read."""
@@ -95,10 +99,9 @@ def _simulated(config: dict[str, bool | int | float | str], context: Context) ->
     run, client, clients = context.run_config, int(config["partition-id"]), int(config["num-partitions"])
     data = str(run["data"])
     if data.startswith("procedural:"):
-        parameters = dict(item.split("=", 1) for item in data.removeprefix("procedural:").split(",") if item)
-        persons = int(parameters.pop("persons", 200))
-        low, high = persons * client // clients, persons * (client + 1) // clients
-        data = "procedural:" + ",".join(f"{k}={v}" for k, v in {"persons": f"{low}-{high}", **parameters}.items())
+        persons, images, seed = parse_source(data.removeprefix("procedural:"))
+        mine = persons[len(persons) * client // clients : len(persons) * (client + 1) // clients]
+        data = f"procedural:persons={len(mine)},first={mine.start},images={images},seed={seed}"
     elif "{client}" in data:
         data = data.replace("{client}", str(client))
     else:

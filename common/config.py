@@ -67,6 +67,7 @@ class ModelConfig:
         _one_of(self, "discriminator", ("dcgan", "mlp"))
         _one_of(self, "loss", ("bce", "hinge"))
         _between(self, ["num_classes"], 0, 1000)
+        _require(self.num_classes != 1, "num-classes = 1: one class is no condition; use 0, or 2 and more")
         _between(self, ["generator_width", "discriminator_width", "latent_dim"], 1, 1024)
 
 
@@ -203,6 +204,15 @@ class RunConfig:
             self.moments.moment_rounds + self.training.num_rounds > 0,
             "moment-rounds = 0 and num-rounds = 0: nothing would be trained; set one of them",
         )
+        # Labels go round in turn from 0: a smaller batch would leave classes out, and a moment takes two fakes a class.
+        batches = {"moment-batch": self.moments.moment_batch} if self.moments.moment_rounds else {}
+        if self.training.num_rounds:
+            batches["generator-batch"] = self.training.generator_batch
+        for key, batch in batches.items():
+            _require(
+                batch >= 2 * self.model.num_classes,
+                f"{key} = {batch} is too few for num-classes = {self.model.num_classes}: use {2 * self.model.num_classes} or more",
+            )
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> Self:
@@ -218,7 +228,7 @@ class RunConfig:
         for section, section_type in get_type_hints(cls).items():
             hints = get_type_hints(section_type)
             sections[section] = section_type(
-                **{name: _convert(key, flat[key], hints[name]) for name, key in _keys(section_type) if key in flat}
+                **{name: convert(key, flat[key], hints[name]) for name, key in _keys(section_type) if key in flat}
             )
         return cls(**sections)
 
@@ -261,8 +271,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, PrivacyModel | PrivacyUnit) else value
 
 
-def _convert(key: str, value: Scalar, target: type) -> Any:
-    """Convert without guessing: an int may stand for a float; nothing else changes its type."""
+def convert(key: str, value: Scalar, target: type) -> Any:
+    """Convert without guessing: an int may stand for a float; nothing else changes its type. Raises ConfigError."""
     if target is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if issubclass(target, PrivacyModel | PrivacyUnit):

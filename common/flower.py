@@ -4,6 +4,7 @@ Three modules (`client.node`, `server.superlink`, `simulations.engine`) lean on 
 and that change without notice, so they refuse every version but the one they were tested with.
 """
 
+import logging
 from importlib import metadata
 from ipaddress import ip_address
 from typing import Final
@@ -31,6 +32,11 @@ def require_tested_flower() -> None:
         raise ConfigError(
             f"flwr {installed} is installed, but only {TESTED_VERSION} was tested; pip install flwr=={TESTED_VERSION}"
         )
+
+
+def quiet_flower_log() -> None:
+    """Keep Flower's log to warnings. Call it after importing flwr, which sets its logger to DEBUG."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
 
 
 def loopback_address(address: str) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import PrivacyConfig
+from common.device import half_precision
 from common.models.losses import GANLoss
 from common.privacy.clipping import clipped_sum
 from common.privacy.units import PrivacyModel
@@ -30,11 +31,15 @@ def real_sum(
     image's unit, contiguous. Returns (d,) float32, zeros for an empty batch.
     """
     if privacy.privacy_model is not PrivacyModel.NONE:
-        return clipped_sum(discriminator, loss.real, images, labels, units, num_units, privacy.max_grad_norm)
+        return clipped_sum(
+            discriminator, loss.real, images, labels, units, num_units, privacy.max_grad_norm, chunk_size=_chunk(images)
+        )
     if len(images) == 0:
         return torch.zeros(sum(p.numel() for p in discriminator.parameters()), device=images.device)
     weights = 1.0 / torch.bincount(units, minlength=num_units).to(torch.float32)[units]
-    return _flat_gradient(discriminator, (loss.real(discriminator(images, labels)) * weights).sum())
+    with half_precision(images.device):
+        logits = discriminator(images, labels).float()
+    return _flat_gradient(discriminator, (loss.real(logits) * weights).sum())
 
 
 def fake_mean(
@@ -45,9 +50,13 @@ def fake_mean(
     Shapes as `real_sum`.
     """
     if privacy.privacy_model is PrivacyModel.NONE:
-        return _flat_gradient(discriminator, loss.fake(discriminator(images, labels)).mean())
+        with half_precision(images.device):
+            logits = discriminator(images, labels).float()
+        return _flat_gradient(discriminator, loss.fake(logits).mean())
     own = torch.arange(len(images), device=images.device)
-    total = clipped_sum(discriminator, loss.fake, images, labels, own, len(images), privacy.max_grad_norm)
+    total = clipped_sum(
+        discriminator, loss.fake, images, labels, own, len(images), privacy.max_grad_norm, chunk_size=_chunk(images)
+    )
     return total / len(images)
 
 
@@ -59,6 +68,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
 def from_uint8(images: np.ndarray) -> Tensor:
     """Images uint8 0..255, (B, C, H, W), to float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def _chunk(images: Tensor) -> int:
+    """Images clipped at a time: what a processor's caches hold, or enough to fill a GPU."""
+    return 32 if images.device.type == "cpu" else 1024
 
 
 def _flat_gradient(model: nn.Module, loss: Tensor) -> Tensor:

@@ -13,18 +13,19 @@ import json
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from common.config import ModelConfig, PrivacyConfig
+from common.config import ModelConfig, PrivacyConfig, convert
 from common.errors import ConfigError, MalformedUpdate, ProtocolError
 from common.privacy.accounting import Release
-from common.privacy.units import PrivacyModel, PrivacyUnit
+from common.privacy.units import PrivacyModel
 
 # No update or set of fakes is larger than this, whatever a message declares.
 MAX_BYTES = 1 << 30
+_Section = TypeVar("_Section")
 _DTYPES = {"float32": "<f4", "int64": "<i8", "uint8": "|u1"}
 
 
@@ -96,18 +97,13 @@ class RoundInstructions:
         scalars, arrays = _records(record, "instructions", ProtocolError)
         try:
             values: dict[str, Any] = dict(scalars)
-            model = ModelConfig(**{f.name: values.pop(f"model.{f.name}") for f in dataclasses.fields(ModelConfig)})
-            values["privacy.privacy_model"] = PrivacyModel(values["privacy.privacy_model"])
-            values["privacy.unit"] = PrivacyUnit(values["privacy.unit"])
-            privacy = PrivacyConfig(
-                **{f.name: values.pop(f"privacy.{f.name}") for f in dataclasses.fields(PrivacyConfig)}
-            )
+            model, privacy = _section("model", ModelConfig, values), _section("privacy", PrivacyConfig, values)
             values["stage"] = Stage(values["stage"])
             values |= {name: _unpack(name, array, ProtocolError) for name, array in arrays.items()}
             instructions = cls(model=model, privacy=privacy, **values)
         except ConfigError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"instructions with missing, unknown or mistyped fields: {error}") from error
         instructions._check()
         return instructions
@@ -129,9 +125,9 @@ class RoundInstructions:
         require(1 <= self.local_steps <= 10**4, f"local_steps = {self.local_steps}")
         require(0 <= self.planned_steps <= 10**9, f"planned_steps = {self.planned_steps}")
         require(self.moment_rounds in (0, 1), f"moment_rounds = {self.moment_rounds}")
-        require(math.isfinite(self.local_lr) and self.local_lr > 0, f"local_lr = {self.local_lr}")
+        require(0 < self.local_lr <= 10, f"local_lr = {self.local_lr}")
         require(
-            math.isfinite(self.moment_noise_multiplier), f"moment_noise_multiplier = {self.moment_noise_multiplier}"
+            0 <= self.moment_noise_multiplier <= 1e6, f"moment_noise_multiplier = {self.moment_noise_multiplier}"
         )
         require(0 <= self.feature_seed <= 2**31, f"feature_seed = {self.feature_seed}")
         if self.privacy.privacy_model is not PrivacyModel.NONE:
@@ -139,7 +135,7 @@ class RoundInstructions:
         if self.privacy.privacy_model is PrivacyModel.CENTRAL:
             require(self.local_steps == 1, "several local steps under the central model")
         if self.stage is Stage.MOMENTS:
-            require(self.discriminator is None and self.fakes is None, "networks or fakes in the moment stage")
+            require(not self._arrays(), "networks or fakes in the moment stage")
             return
         weights = self.discriminator
         if weights is None or weights.ndim != 1 or weights.dtype != np.float32 or not np.isfinite(weights).all():
@@ -159,7 +155,10 @@ class RoundInstructions:
         if self.fake_labels is not None:
             labels, classes = self.fake_labels, self.model.num_classes
             require(self.fakes is not None and labels.shape == (len(self.fakes),), "labels without their fakes")
-            require(bool(((labels >= 0) & (labels < classes)).all()), f"labels outside 0..{classes - 1}")
+            require(
+                labels.dtype == np.int64 and bool(((labels >= 0) & (labels < classes)).all()),
+                f"labels that are not int64 in 0..{classes - 1}",
+            )
 
     def _scalars(self) -> dict[str, Any]:
         scalars: dict[str, Any] = {}
@@ -220,6 +219,12 @@ def planned_releases(
     moments = [Release("moments", moment_noise_multiplier, 1.0)] * moment_rounds
     steps = Release("gradients", privacy.noise_multiplier, privacy.sample_rate, planned_steps)
     return [*moments, steps] if planned_steps else moments
+
+
+def _section(name: str, section_type: type[_Section], values: dict[str, Any]) -> _Section:
+    """Take a section's fields out of `values`, each of its own type and no other."""
+    hints = get_type_hints(section_type)
+    return section_type(**{f: convert(f, values.pop(f"{name}.{f}"), hints[f]) for f in hints})
 
 
 def _records(record: RecordDict, name: str, error: type[ProtocolError]) -> tuple[ConfigRecord, ArrayRecord]:

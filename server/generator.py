@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import RunConfig
+from common.device import half_precision
 from common.models.features import RandomFeatures
 from common.models.losses import LOSSES
 from server.checkpoint import CoordinatorState
@@ -32,7 +33,8 @@ class GeneratorTrainer:
         """One Adam step on the moment loss. Returns its figures."""
         state, moments = self._state, self._state.config.moments
         fakes, labels = self._fakes(moments.moment_batch)
-        loss = self._moments()(fakes, labels)
+        with half_precision(self._device):
+            loss = self._moments()(fakes, labels)
         # The rate falls linearly over the second half (recipe of the moment stage).
         progress = state.generator_steps / max(moments.moment_steps, 1)
         _set_rate(state.generator_optimizer, moments.moment_lr * min(1.0, 2.0 * (1.0 - progress)), (0.5, 0.99))
@@ -53,12 +55,14 @@ class GeneratorTrainer:
         if state.moment_target is not None and state.generator_steps == config.moments.moment_steps:
             state.generator_optimizer = torch.optim.Adam(state.generator.parameters())
         fakes, labels = self._fakes(config.training.generator_batch)
-        logits = state.discriminator(fakes, labels)
+        with half_precision(self._device):
+            logits = state.discriminator(fakes, labels).float()
         loss = LOSSES[config.model.loss].generator(logits).mean()
         (gradient,) = torch.autograd.grad(loss, fakes, retain_graph=False)
         figures = {"generator_loss": loss.item()}
         if state.moment_target is not None and config.moments.moment_weight > 0:
-            moment_loss = self._moments()(fakes, labels)
+            with half_precision(self._device):
+                moment_loss = self._moments()(fakes, labels)
             (toward_moments,) = torch.autograd.grad(moment_loss, fakes)
             scale = gradient.norm() / toward_moments.norm().clamp(min=1e-20)
             gradient = gradient + config.moments.moment_weight * scale * toward_moments
@@ -88,7 +92,8 @@ class GeneratorTrainer:
         latents, labels = draw_latents(self._state.config, count, self._state.rng)
         latents = latents.to(self._device)
         labels = labels if labels is None else labels.to(self._device)
-        fakes: Tensor = self._state.generator(latents, labels)
+        with half_precision(self._device):
+            fakes: Tensor = self._state.generator(latents, labels).float()
         return fakes, labels
 
     def _moments(self) -> MomentLoss:

@@ -104,7 +104,7 @@ def epsilon_by_node(state: CoordinatorState) -> dict[str, float]:
     cost: dict[tuple[int, int], float] = {}
     for moments, steps in {(m, s) for m, s in state.charged.values()}:
         releases = planned_releases(config.privacy, moments, config.moments.moment_noise_multiplier, steps)
-        cost[moments, steps] = round(epsilon_of(releases, config.privacy.delta), 4)
+        cost[moments, steps] = math.ceil(1e4 * epsilon_of(releases, config.privacy.delta)) / 1e4
     return {node: cost[charged[0], charged[1]] for node, charged in state.charged.items()}
 
 

@@ -52,9 +52,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from common.errors import ConfigError, ProtocolError
-from common.flower import ENVIRONMENT, loopback_address, require_tested_flower
+from common.flower import ENVIRONMENT, loopback_address, quiet_flower_log, require_tested_flower
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("visard.server")
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
@@ -91,8 +91,12 @@ class SuperLinkGrid(HttpGrid):
 
     def __init__(self, address: str, token: str, process: "subprocess.Popen[bytes]") -> None:
         super().__init__(address, insecure=True, token=token)
-        self._retry_invoker.max_time = _OUTAGE_TIMEOUT_S
         self._process = process
+        gives_up = self._retry_invoker.should_giveup
+        self._retry_invoker.should_giveup = lambda error: (
+            process.poll() is not None or (gives_up is not None and gives_up(error))
+        )
+        self._retry_invoker.max_time = _OUTAGE_TIMEOUT_S
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages. Returns their ids in order, "" where one was refused. Raises ProtocolError on an outage."""
@@ -135,13 +139,11 @@ class SuperLinkGrid(HttpGrid):
                 if not isinstance(body, Message):
                     raise ProtocolError("the reply is not a message")
                 content, error = (None, body.error) if body.has_error() else (body.content, None)
-            except ProtocolError:
+            except Exception as problem:
                 if self._process.poll() is not None:
                     raise
-                content, error = None, Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "MalformedReply")
-            except Exception as problem:
                 # Whatever a sender can make Flower's decoder raise concerns this one reply.
-                _log.warning("the reply of node %d is unreadable: %s", metadata.src_node_id, type(problem).__name__)
+                log.warning("the reply of node %d is unreadable: %s", metadata.src_node_id, type(problem).__name__)
                 content, error = None, Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, type(problem).__name__)
             yield make_message(metadata, content, error)
 
@@ -169,6 +171,7 @@ def superlink_grid(address: str, state_dir: Path | None = None) -> Iterator[Supe
     not come up.
     """
     require_tested_flower()
+    quiet_flower_log()
     host, port = loopback_address(address)
     _require_free(host, port)
     with contextlib.ExitStack() as stack:

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from common.errors import ProtocolError
 from common.flower import require_tested_flower
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("visard.simulations")
 
 
 class InProcessGrid(Grid):
@@ -118,7 +118,7 @@ class InProcessGrid(Grid):
                 raise ProtocolError("the ClientApp did not return a reply to its message")
         except Exception as error:
             # As at a real node: the class name leaves; the text, which may hold a path or a count, stays in the log.
-            _log.exception("the ClientApp of node %d failed", node_id)
+            log.exception("the ClientApp of node %d failed", node_id)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
         if context.state:
             self._states[node_id] = context.state

@@ -1,0 +1,1 @@
+"""How good the generated faces are."""

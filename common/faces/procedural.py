@@ -1,4 +1,9 @@
-"""Faces drawn by us."""
+"""Faces of nobody: drawn by us from a seed, for tests, demonstrations and simulations without any photograph.
+
+Every person is a set of measures (skull, jaw, eyes, nose, mouth, hair, skin ...) drawn from (seed, person); every picture of a
+person adds pose, expression, light and background, drawn from (seed, person, picture). A client can so draw its own persons and no
+others. The drawing itself is in `drawing.py`.
+"""
 
 from collections.abc import Sequence
 
@@ -6,8 +11,12 @@ import numpy as np
 
 from common.errors import DataError
 from common.faces.dataset import FaceDataset, FaceOptions
+from common.faces.drawing import draw
+from common.faces.persons import make_person, make_pictures
 
-PROCEDURAL_VERSION = 0
+# Part of the cache's key: raise it whenever the same seed would give other pictures.
+PROCEDURAL_VERSION = 1
+MAX_IMAGES = 1_000_000
 
 
 def parse_source(text: str) -> tuple[range, int, int]:
@@ -22,23 +31,33 @@ def parse_source(text: str) -> tuple[range, int, int]:
 
 
 def procedural_faces(persons: Sequence[int], images_per_person: int, options: FaceOptions, seed: int) -> FaceDataset:
-    """Draw them."""
-    if not len(persons) or images_per_person < 1:
-        raise DataError(f"{len(persons)} persons with {images_per_person} images each: use at least 1 of both")
-    size = options.image_size
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
-    images = []
-    for person in persons:
-        who = np.random.default_rng([seed, person])
-        wide, eye, tone = who.uniform(0.55, 0.8), who.uniform(0.22, 0.35), who.uniform([140, 90, 60], [250, 200, 170])
-        for image in range(images_per_person):
-            rng = np.random.default_rng([seed, person, image])
-            dx, dy, back = *rng.uniform(-0.08, 0.08, 2), rng.uniform(20, 230, 3)
-            face = ((x - dx) / wide) ** 2 + ((y - dy) / 0.85) ** 2 < 1
-            dark = (np.hypot(np.abs(x - dx) - eye, y - dy + 0.15) < 0.08) | (
-                (np.abs(x - dx) < 0.25) & (np.abs(y - dy - 0.45) < 0.05)
-            )
-            picture = np.where(face, tone[:, None, None], back[:, None, None]) * np.where(dark, 0.2, 1.0)
-            images.append(picture if options.channels == 3 else picture.mean(0, keepdims=True))
-    numbers = np.repeat(np.arange(len(persons)), images_per_person)
-    return FaceDataset(np.stack(images).astype(np.uint8), numbers.astype(np.int64))
+    """Draw images_per_person pictures of each of `persons` (numbers >= 0), in that order; no labels.
+
+    A person looks the same whoever else is drawn beside them. `options.crop` below 1 goes closer to the face. The same machine
+    gives the same bytes; another processor may round a pixel differently by 1. Raises DataError for no persons, no images, negative
+    or repeated numbers, or more than MAX_IMAGES images.
+    """
+    numbers = [int(person) for person in persons]
+    if not numbers or images_per_person < 1 or len(numbers) * images_per_person > MAX_IMAGES:
+        raise DataError(
+            f"{len(numbers)} persons with {images_per_person} images each: use 1 or more of both, {MAX_IMAGES} in all at most"
+        )
+    if len(set(numbers)) != len(numbers) or not all(0 <= number < 2**32 for number in [seed, *numbers]):
+        raise DataError(f"persons {numbers[:5]} ... with seed {seed}: use different numbers from 0 to {2**32 - 1}")
+    images = [_draw_person(number, images_per_person, options, seed) for number in numbers]
+    whose = np.repeat(np.arange(len(numbers), dtype=np.int64), images_per_person)
+    return FaceDataset(np.concatenate(images), whose)
+
+
+def _draw_person(number: int, count: int, options: FaceOptions, seed: int) -> np.ndarray:
+    """uint8 (count, C, H, H)."""
+    # Always three numbers: numpy takes [seed, number] and [seed, number, 0] for the same seed.
+    person = make_person(np.random.default_rng([seed, number, 0]))
+    rngs = [np.random.default_rng([seed, number, 1 + picture]) for picture in range(count)]
+    pixels = draw(person, make_pictures(person, rngs), options.image_size, options.crop)
+    grain = np.stack([rng.normal(0, 0.008, pixels.shape[1:]) for rng in rngs])
+    pixels = np.clip(pixels + grain, 0, 1)
+    if options.channels == 1:
+        pixels = (pixels * np.array([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdims=True)
+    rounded: np.ndarray = np.rint(pixels * 255).astype(np.uint8)
+    return rounded

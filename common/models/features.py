@@ -19,9 +19,9 @@ from common.errors import ConfigError
 # image size -> groups of (kernel, stride, filters, length scale over the usual one)
 Spec = tuple[tuple[int, int, int, float], ...]
 _SPECS: dict[int, Spec] = {
-    28: ((6, 2, 16, 1.0), (10, 3, 32, 1.0), (14, 7, 128, 1.0), (28, 1, 1500, 1.0)),
-    32: ((6, 2, 16, 1.0), (8, 4, 32, 1.0), (16, 8, 128, 1.0), (32, 1, 1500, 1.0)),
-    64: ((10, 6, 16, 1.0), (16, 8, 32, 1.0), (32, 16, 128, 1.0), (64, 1, 1500, 1.0)),
+    28: ((6, 2, 16, 0.5), (10, 3, 32, 0.5), (14, 7, 128, 0.5), (28, 1, 1500, 0.5)),
+    32: ((6, 2, 16, 0.5), (8, 4, 32, 0.5), (16, 8, 128, 0.5), (32, 1, 1500, 0.5)),
+    64: ((10, 6, 16, 0.5), (16, 8, 32, 0.5), (32, 16, 128, 0.5), (64, 1, 1500, 0.5)),
 }
 
 # Mean squared difference of one pixel value, in [0, 1], between two handwritten digits: the usual length scale.

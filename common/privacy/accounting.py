@@ -26,6 +26,8 @@ ORDERS: tuple[float, ...] = (
 )
 # Float error of the analysis, paid for by reporting this much more than was computed.
 _ROUND_UP = 1 + 1e-9
+_LEAST = 1e-12
+_LEAST_NOISE = 0.01
 
 
 @dataclass(frozen=True, order=True)
@@ -47,8 +49,12 @@ MECHANISMS = ("gradients", "moments")
 
 @lru_cache(maxsize=4096)
 def _step_rdp(noise_multiplier: float, sample_rate: float) -> np.ndarray:
+    if not noise_multiplier >= _LEAST_NOISE:  # the series overflows: count it as no noise at all
+        return np.full(len(ORDERS), np.inf)
     rdp = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(ORDERS))
-    return np.asarray(rdp, dtype=np.float64) * _ROUND_UP
+    # Where the true value is near the float error of its logarithm, what comes back may even be negative.
+    found = np.asarray(rdp, dtype=np.float64)
+    return np.where(np.isnan(found), np.inf, np.maximum(found, 0.0) * _ROUND_UP + _LEAST)
 
 
 def rdp_of(releases: Iterable[Release]) -> np.ndarray:

@@ -24,9 +24,9 @@ from common.errors import PrivacyError
 FLOAT_SLACK = 1e-3
 # Gram matrices cost arithmetic, kept products cost memory traffic; a float moved is worth about this many
 # multiplications (measured on one CPU core).
-_FLOPS_PER_FLOAT = 16
-# Convolution patches are built this many floats at a time (4 MB), so that they stay in the processor's cache.
-_BLOCK_FLOATS = 2**20
+_FLOPS_PER_FLOAT = 24
+# Convolution patches are built this many floats at a time (1 MB), so that they stay in the processor's cache.
+_BLOCK_FLOATS = 2**18
 
 PerSampleLoss = Callable[[torch.Tensor], torch.Tensor]
 _Reorder = Callable[[torch.Tensor], torch.Tensor]
@@ -74,10 +74,14 @@ class BookKeeping:
         unknown = unknown_layer(model)
         if unknown is not None:
             raise PrivacyError(f"book-keeping does not know {unknown}; use method='auto' or 'opacus'")
+        for name, layer in model.named_modules():
+            if getattr(layer, "inplace", False):
+                raise PrivacyError(f"{name} changes a layer's output in place; use inplace=False")
         self._model, self._per_sample_loss = model, per_sample_loss
         self._trained = {p for p in model.parameters() if p.requires_grad}
         self._seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
         self._totals: dict[torch.Tensor, tuple[torch.Tensor, _Reorder]] = {}
+        self._scratch = _Scratch()
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
@@ -90,6 +94,7 @@ class BookKeeping:
 
     def __exit__(self, *_: object) -> None:
         self._seen.clear()
+        self._scratch = _Scratch()
         self._stack.close()
 
     def add(self, images: torch.Tensor, labels: torch.Tensor | None, size: int, max_grad_norm: float) -> None:
@@ -154,12 +159,29 @@ class BookKeeping:
                         "keep the batch dimension first and whole"
                     )
                 if gy is not None:
-                    gradients += _PARTS[type(layer)](layer, x, gy.float(), images.shape[0] // size)
+                    gradients += _PARTS[type(layer)](layer, x, gy.float(), images.shape[0] // size, self._scratch)
         return [gradient for gradient in gradients if gradient.parameter in self._trained]
 
 
 def _as_it_is(total: torch.Tensor) -> torch.Tensor:
     return total
+
+
+class _Scratch:
+    """Buffers that live from chunk to chunk: fresh memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[nn.Module, str], torch.Tensor] = {}
+
+    def floats(
+        self, layer: nn.Module, use: str, shape: tuple[int, ...], device: torch.device, *, zeros: bool = False
+    ) -> torch.Tensor:
+        """A float32 tensor (zeros when new, if asked for) that keeps what was written for this layer and use before."""
+        numel, buffer = math.prod(shape), self._buffers.get((layer, use))
+        if buffer is None or buffer.numel() < numel:
+            buffer = torch.zeros(numel, device=device) if zeros else torch.empty(numel, device=device)
+            self._buffers[layer, use] = buffer
+        return buffer[:numel].view(shape)
 
 
 @dataclass
@@ -214,7 +236,9 @@ def _joined(weight: torch.Tensor, x: torch.Tensor, gy: torch.Tensor, reorder: _R
     return _Rows(weight, gy.mT @ x, reorder)
 
 
-def _linear(layer: nn.Linear, x: torch.Tensor, gy: torch.Tensor, num_units: int) -> Iterator[_Rows | _Product]:
+def _linear(
+    layer: nn.Linear, x: torch.Tensor, gy: torch.Tensor, num_units: int, _: _Scratch
+) -> Iterator[_Rows | _Product]:
     x = x.float().reshape(num_units, 1, -1, layer.in_features)
     gy = gy.reshape(num_units, 1, -1, layer.out_features)
     yield _joined(layer.weight, x, gy, _as_it_is)
@@ -222,7 +246,9 @@ def _linear(layer: nn.Linear, x: torch.Tensor, gy: torch.Tensor, num_units: int)
         yield _Rows(layer.bias, gy.sum((1, 2)))
 
 
-def _embedding(layer: nn.Embedding, x: torch.Tensor, gy: torch.Tensor, num_units: int) -> Iterator[_Rows | _Product]:
+def _embedding(
+    layer: nn.Embedding, x: torch.Tensor, gy: torch.Tensor, num_units: int, _: _Scratch
+) -> Iterator[_Rows | _Product]:
     # A linear layer on one-hot rows.
     one_hot = (x.reshape(-1, 1) == torch.arange(layer.num_embeddings, device=x.device)).float()
     if layer.padding_idx is not None:
@@ -232,27 +258,20 @@ def _embedding(layer: nn.Embedding, x: torch.Tensor, gy: torch.Tensor, num_units
     yield _joined(layer.weight, one_hot, gy, lambda total: total.mT)
 
 
-def _conv(layer: nn.Conv2d, x: torch.Tensor, gy: torch.Tensor, num_units: int) -> Iterator[_Rows | _Product]:
-    # In channels-last memory a row of a patch is one stretch of kernel width * channels floats: quick to copy.
-    padding = layer._reversed_padding_repeated_twice
-    if layer.padding_mode != "zeros":
-        x, padding = functional.pad(x, padding, mode=layer.padding_mode), [0, 0, 0, 0]
-    x = functional.pad(x.float().permute(0, 2, 3, 1), [0, 0, *padding]).contiguous()
+def _conv(
+    layer: nn.Conv2d, x: torch.Tensor, gy: torch.Tensor, num_units: int, scratch: _Scratch
+) -> Iterator[_Rows | _Product]:
     (kernel_h, kernel_w), groups = layer.kernel_size, layer.groups
-    (batch, outputs, height, width), channels = gy.shape, x.shape[3] // groups
-    step_b, step_h, step_w, _ = x.stride()
-    (stride_h, stride_w), (dilation_h, dilation_w) = layer.stride, layer.dilation
-    patches = x.as_strided(
-        (batch, height, width, groups, kernel_h, kernel_w, channels),
-        (step_b, step_h * stride_h, step_w * stride_w, channels, step_h * dilation_h, step_w * dilation_w, 1),
-    )
+    (batch, outputs, height, width), channels = gy.shape, x.shape[1] // groups
     size, features = batch // num_units, kernel_h * kernel_w * channels
     positions = size * height * width
+    patches = _patches(layer, x.float(), height, width, scratch)
     gy = gy.permute(0, 2, 3, 1).reshape(num_units, positions, groups, outputs // groups).transpose(1, 2)
 
     def joined(first: int, last: int) -> torch.Tensor:
-        block = patches[first * size : last * size]
-        return block.reshape(last - first, positions, groups, features).transpose(1, 2)
+        block = scratch.floats(layer, "patches", (last - first, positions, groups, features), x.device)
+        block.view(-1, *patches.shape[1:]).copy_(patches[first * size : last * size])
+        return block.transpose(1, 2)
 
     def reorder(total: torch.Tensor) -> torch.Tensor:
         return total.view(outputs, kernel_h, kernel_w, channels).permute(0, 3, 1, 2)
@@ -260,7 +279,7 @@ def _conv(layer: nn.Conv2d, x: torch.Tensor, gy: torch.Tensor, num_units: int) -
     if _gram_is_cheaper(positions, features, outputs // groups):
         yield _Product(layer.weight, joined(0, num_units), gy, reorder)
     else:
-        rows = gy.new_empty(num_units, groups, outputs // groups, features)
+        rows = scratch.floats(layer, "rows", (num_units, groups, outputs // groups, features), x.device)
         step = max(1, _BLOCK_FLOATS // (groups * positions * features))
         for first in range(0, num_units, step):
             last = min(first + step, num_units)
@@ -270,14 +289,36 @@ def _conv(layer: nn.Conv2d, x: torch.Tensor, gy: torch.Tensor, num_units: int) -
         yield _Rows(layer.bias, gy.sum(2).flatten(1))
 
 
-def _group_norm(layer: nn.GroupNorm, x: torch.Tensor, gy: torch.Tensor, num_units: int) -> Iterator[_Rows | _Product]:
+def _patches(layer: nn.Conv2d, x: torch.Tensor, height: int, width: int, scratch: _Scratch) -> torch.Tensor:
+    """A view (B, height, width, groups, kernel height, kernel width, channels / groups) of the padded input."""
+    # In channels-last memory a row of a patch is one stretch of kernel width * channels floats: quick to copy.
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    if layer.padding_mode != "zeros":
+        x, left, right, top, bottom = functional.pad(x, [left, right, top, bottom], layer.padding_mode), 0, 0, 0, 0
+    (batch, channels, inner_h, inner_w), groups = x.shape, layer.groups
+    shape = (batch, top + inner_h + bottom, left + inner_w + right, channels)
+    padded = scratch.floats(layer, "padded", shape, x.device, zeros=True)  # its margin is never written
+    padded[:, top : top + inner_h, left : left + inner_w] = x.permute(0, 2, 3, 1)
+    (stride_h, stride_w), (dilation_h, dilation_w) = layer.stride, layer.dilation
+    step_b, step_h, step_w, _ = padded.stride()
+    return padded.as_strided(
+        (batch, height, width, groups, *layer.kernel_size, channels // groups),
+        (step_b, step_h * stride_h, step_w * stride_w, channels // groups, step_h * dilation_h, step_w * dilation_w, 1),
+    )
+
+
+def _group_norm(
+    layer: nn.GroupNorm, x: torch.Tensor, gy: torch.Tensor, num_units: int, _: _Scratch
+) -> Iterator[_Rows | _Product]:
     normed = functional.group_norm(x.float(), layer.num_groups, eps=layer.eps)
     shape = (num_units, x.shape[0] // num_units, x.shape[1], -1)
     yield _Rows(layer.weight, (gy * normed).reshape(shape).sum((1, 3)))
     yield _Rows(layer.bias, gy.reshape(shape).sum((1, 3)))
 
 
-def _layer_norm(layer: nn.LayerNorm, x: torch.Tensor, gy: torch.Tensor, num_units: int) -> Iterator[_Rows | _Product]:
+def _layer_norm(
+    layer: nn.LayerNorm, x: torch.Tensor, gy: torch.Tensor, num_units: int, _: _Scratch
+) -> Iterator[_Rows | _Product]:
     normed = functional.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps)
     shape = (num_units, -1, math.prod(layer.normalized_shape))
     yield _Rows(layer.weight, (gy * normed).reshape(shape).sum(1))

@@ -31,8 +31,8 @@ class SecureRandom:
         return np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
 
     def uniform(self, count: int) -> np.ndarray:
-        """`count` float64 uniform on the 2^53 midpoints of (0, 1): never 0, never 1."""
-        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        """`count` float64 uniform on the 2^52 midpoints of (0, 1), all of them exact: never 0, never 1."""
+        return ((self.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def gaussian(self, count: int) -> Tensor:
         """`count` independent standard normal float64, (count,), by Box and Muller (1958)."""
@@ -62,7 +62,7 @@ def add_gaussian_noise(total: Tensor, standard_deviation: float, random: SecureR
 
     The sum is formed in float64 and rounded to multiples of a power of two near 2^-14 standard deviations, so that the
     low bits of the float32 released, through which the exact sum can be told (Mironov 2012), are the lattice's and not
-    the sum's. Not closed: the noise itself takes one of at most 2^106 values a pair of coordinates rather than a
+    the sum's. Not closed: the noise itself takes one of at most 2^104 values a pair of coordinates rather than a
     continuum.
 
     total: (d,) any float type. Returns (d,) float32 on the CPU.

@@ -1,0 +1,220 @@
+"""load_faces: each kind of source, what is wrong with sources, and the cache."""
+
+import gzip
+import os
+import stat
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import DataError
+from common.faces import FaceDataset, FaceOptions, SkippedImages, load_faces
+
+OPTIONS = FaceOptions(28, 1)
+
+
+def put(folder, name, brightness=100, mode="L"):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (30, 40), brightness).save(folder / name)
+
+
+@pytest.fixture
+def people(tmp_path):
+    root = tmp_path / "people"
+    put(root / "ann", "1.png", 10)
+    put(root / "ann", "2.jpg", 20)
+    put(root / "bob", "1.pgm", 30)
+    return root
+
+
+def test_a_folder_of_person_folders(people):
+    faces = load_faces(str(people), OPTIONS)
+    assert faces.persons.tolist() == [0, 0, 1]
+    assert faces.labels is None
+    assert faces.images[:, 0, 5, 5].tolist() == [10, 20, 30]
+
+
+def test_a_folder_of_images_has_no_persons(tmp_path):
+    put(tmp_path, "b.png", 60)
+    put(tmp_path, "a.png", (50, 50, 50), "RGB")
+    faces = load_faces(str(tmp_path), OPTIONS)
+    assert faces.persons is None
+    assert faces.images[:, 0, 5, 5].tolist() == [50, 60]
+
+
+def test_hidden_names_are_ignored_without_a_word(people):
+    put(people / ".cache", "1.png")
+    put(people / "ann", ".hidden.png")
+    (people / ".DS_Store").write_bytes(b"x")
+    assert len(load_faces(str(people), OPTIONS)) == 3
+
+
+def test_bad_files_are_counted_in_one_warning(people):
+    for number in range(20):
+        (people / "ann" / f"bad{number:02d}.jpg").write_bytes(b"")
+    (people / "bob" / "notes.txt").write_text("not a face")
+    (people / "list.csv").write_text("name,age")
+    put(people / "only_bad", "x.png")
+    (people / "only_bad" / "x.png").write_bytes((people / "only_bad" / "x.png").read_bytes()[:50])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        faces = load_faces(str(people), OPTIONS)
+    assert faces.persons.tolist() == [0, 0, 1]
+    assert [warning.category for warning in caught] == [SkippedImages]
+    message = str(caught[0].message)
+    assert "3 images read, 23 skipped" in message
+    assert message.count("bad") <= 5
+
+
+def test_links_that_loop_do_not_hang(people):
+    (people / "ann" / "self").symlink_to("self")
+    (people / "loop").symlink_to(people)
+    (people / "again").symlink_to(people / "ann")
+    (people / "bob" / "up").symlink_to(people)
+    os.mkfifo(people / "ann" / "pipe")
+    with pytest.warns(SkippedImages):
+        faces = load_faces(str(people), OPTIONS)
+    assert faces.num_persons == 2  # 'again' sorts before 'ann' and is the same person
+    assert len(faces) == 3
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"notes.txt": b"no face"}, {"face.jpg": b""}, {"ann/face.jpg": b""}, {"ann/": b""}]
+)
+def test_sources_without_an_image_are_errors(tmp_path, content):
+    for name, data in content.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+        else:
+            path.write_bytes(data)
+    with pytest.raises(DataError, match="no image"):
+        load_faces(str(tmp_path), OPTIONS)
+
+
+def test_images_that_all_turn_out_damaged_are_an_error(tmp_path):
+    put(tmp_path, "face.png")
+    (tmp_path / "face.png").write_bytes((tmp_path / "face.png").read_bytes()[:60])
+    with pytest.raises(DataError, match="1 skipped"):
+        load_faces(str(tmp_path), OPTIONS)
+
+
+def test_missing_and_mistaken_sources_are_explained(people, tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        load_faces(str(tmp_path / "nowhere"), OPTIONS)
+    with pytest.raises(DataError, match="hold only folders"):
+        load_faces(str(tmp_path), OPTIONS)
+    with pytest.raises(DataError, match="split"):
+        load_faces(str(people), OPTIONS, split="test")
+    with pytest.raises(DataError, match="split"):
+        load_faces(str(people), OPTIONS, split="dev")
+    put(people, "loose.png")
+    with pytest.raises(DataError, match=r"loose\.png"):
+        load_faces(str(people), OPTIONS)
+
+
+# IDX
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 6), ("t10k", 4)):
+        images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8)))
+    return tmp_path
+
+
+def test_idx_splits_labels_and_pixels(digits):
+    train, test = (load_faces(str(digits), OPTIONS, split=split) for split in ("train", "test"))
+    assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert train.persons is None
+    assert len(test) == 4
+    raw = gzip.decompress((digits / "train-images-idx3-ubyte.gz").read_bytes())
+    assert train.images.tobytes() == raw[16:]
+    assert load_faces(str(digits), FaceOptions(32, 3)).images.shape == (6, 3, 32, 32)
+
+
+def test_damaged_idx_is_an_error(digits):
+    images, labels = digits / "train-images-idx3-ubyte.gz", digits / "train-labels-idx1-ubyte"
+    raw, packed = gzip.decompress(images.read_bytes()), images.read_bytes()
+    huge = raw[:4] + (2**31).to_bytes(4, "big") + raw[8:]
+    flat = raw[:8] + bytes(4) + raw[12:]
+    for wrong in (raw[:-1], raw + b"x", raw[:10], b"", b"\0\0\x0d\3" + raw[4:], idx(np.zeros(6, np.uint8)), huge, flat):
+        images.write_bytes(gzip.compress(wrong))
+        with pytest.raises(DataError):
+            load_faces(str(digits), OPTIONS)
+    for wrong in (packed[:-9], packed[:40] + bytes(4) + packed[44:], b"plain", packed[:-4] + bytes(4)):
+        images.write_bytes(wrong)
+        with pytest.raises(DataError):
+            load_faces(str(digits), OPTIONS)
+    images.write_bytes(packed)
+    labels.write_bytes(idx(np.zeros(5, np.uint8)))
+    with pytest.raises(DataError, match="5 labels"):
+        load_faces(str(digits), OPTIONS)
+    labels.unlink()
+    with pytest.raises(DataError, match="labels"):
+        load_faces(str(digits), OPTIONS)
+
+
+# .npz
+
+
+def test_npz_must_fit_the_options(tmp_path):
+    path = tmp_path / "faces.npz"
+    FaceDataset(np.zeros((2, 1, 28, 28), np.uint8)).save(path)
+    assert len(load_faces(str(path), OPTIONS)) == 2
+    for other in (FaceOptions(32, 1), FaceOptions(28, 3)):
+        with pytest.raises(DataError, match="28 pixels"):
+            load_faces(str(path), other)
+
+
+# The cache
+
+
+def test_the_cache_answers_and_is_the_owners_alone(people, tmp_path):
+    cache = tmp_path / "state" / "cache"
+    first = load_faces(str(people), OPTIONS, cache_dir=cache)
+    (entry,) = cache.iterdir()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    FaceDataset(255 - first.images, first.persons).save(entry)  # so that it is seen who answers
+    again = load_faces(str(people), OPTIONS, cache_dir=cache)
+    assert np.array_equal(again.images, 255 - first.images)
+    entry.write_bytes(b"damaged")
+    assert np.array_equal(load_faces(str(people), OPTIONS, cache_dir=cache).images, first.images)
+
+
+def test_a_changed_source_is_read_anew_and_the_old_copy_deleted(people, tmp_path):
+    cache = tmp_path / "cache"
+    load_faces(str(people), OPTIONS, cache_dir=cache)
+    load_faces(str(people), FaceOptions(28, 1, 0.5), cache_dir=cache)
+    assert len(list(cache.iterdir())) == 2
+    (people / "ann" / "1.png").unlink()
+    assert load_faces(str(people), OPTIONS, cache_dir=cache).persons.tolist() == [0, 1]
+    assert len(list(cache.iterdir())) == 2
+    path = people / "bob" / "1.pgm"
+    before = path.stat()
+    put(people / "bob", "1.pgm", 77)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert load_faces(str(people), OPTIONS, cache_dir=cache).images[1, 0, 5, 5] == 77
+
+
+def test_splits_and_procedural_faces_are_cached_apart(digits):
+    cache = digits / "cache"
+    sizes = [
+        len(load_faces(str(digits), OPTIONS, split=split, cache_dir=cache)) for split in ("train", "test", "train")
+    ]
+    assert sizes == [6, 4, 6]
+    for seed in (0, 1, 0):
+        load_faces(f"procedural:persons=2,images=1,seed={seed}", OPTIONS, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 4

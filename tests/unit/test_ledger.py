@@ -1,0 +1,312 @@
+"""The ledger: charged before anything is computed, released once, and whole after every crash."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import BudgetExhausted, LedgerCorrupt, PrivacyError
+from common.privacy.accounting import ORDERS, Release, best_order, epsilon_at_orders, epsilon_of, rdp_of
+from common.privacy.ledger import Ledger
+
+RUN = "a" * 32
+DELTA = 1e-5
+STEP = Release("gradients", 2.0, 0.1)
+PLAN = [Release("moments", 4.0, 1.0), Release("gradients", 2.0, 0.1, 50)]
+
+
+def open_ledger(folder: Path, max_epsilon: float = 10.0) -> Ledger:
+    return Ledger(folder, max_epsilon=max_epsilon, delta=DELTA)
+
+
+def charge(ledger: Ledger, server_round: int, release: Release = STEP, digest: str = "asked") -> bytes | None:
+    return ledger.charge(RUN, server_round, release, PLAN, digest)
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def fill(folder: Path, rounds: int = 3) -> Ledger:
+    """A ledger with rounds charged and released, the last one charged only."""
+    ledger = open_ledger(folder)
+    for server_round in range(1, rounds + 1):
+        charge(ledger, server_round)
+        if server_round < rounds:
+            ledger.release(RUN, server_round, f"reply {server_round}".encode())
+    return ledger
+
+
+def test_a_charge_is_on_the_disk_when_it_returns(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    assert ledger.epsilon == 0.0
+    assert charge(ledger, 7) is None
+    opened, charged = lines(tmp_path)
+    order = best_order(PLAN, DELTA)
+    assert opened == {"type": "opened", "order": ORDERS[order], "delta": DELTA}
+    assert charged == {
+        "type": "charged",
+        "run": RUN,
+        "round": 7,
+        "mechanism": "gradients",
+        "noise_multiplier": 2.0,
+        "sample_rate": 0.1,
+        "steps": 1,
+        "instructions": "asked",
+    }
+    assert ledger.epsilon == pytest.approx(epsilon_at_orders(rdp_of([STEP]), DELTA)[order])
+    ledger.release(RUN, 7, b"noised")
+    assert lines(tmp_path)[2] == {
+        "type": "released",
+        "run": RUN,
+        "round": 7,
+        "reply": hashlib.sha256(b"noised").hexdigest(),
+    }
+
+
+def test_nothing_is_released_that_was_not_charged(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    charge(ledger, 1)
+    for run, server_round in ((RUN, 2), ("b" * 32, 1)):
+        with pytest.raises(PrivacyError, match="was not charged"):
+            ledger.release(run, server_round, b"x")
+    ledger.release(RUN, 1, b"first")
+    before = (tmp_path / "released.bin").read_bytes()
+    with pytest.raises(PrivacyError, match="answered before"):
+        ledger.release(RUN, 1, b"second")
+    assert (tmp_path / "released.bin").read_bytes() == before == b"first"
+
+
+def test_an_exhausted_budget_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    one = float(epsilon_at_orders(rdp_of([STEP]), DELTA)[best_order(PLAN, DELTA)])
+    with pytest.raises(BudgetExhausted, match=r"max-epsilon"):
+        charge(open_ledger(tmp_path / "none", one * 0.999), 1)
+    assert (tmp_path / "none" / "ledger.jsonl").read_bytes() == b""
+
+    ledger = open_ledger(tmp_path, 3.0)
+    done = 0
+    with pytest.raises(BudgetExhausted):
+        while True:
+            charge(ledger, done + 1)
+            done += 1
+    assert done > 3
+    content, spent = (tmp_path / "ledger.jsonl").read_bytes(), ledger.epsilon
+    assert spent <= 3.0
+    assert len(ledger.releases) == done
+    for again in (ledger, open_ledger(tmp_path, 3.0)):
+        with pytest.raises(BudgetExhausted):
+            charge(again, done + 1)
+        assert again.epsilon == pytest.approx(spent)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == content
+    # A smaller demand may still fit, a larger budget is the owner's to give, and a smaller one binds at once.
+    assert charge(open_ledger(tmp_path, 3.5), done + 1) is None
+    with pytest.raises(BudgetExhausted):
+        charge(open_ledger(tmp_path, 1.0), done + 2, Release("gradients", 1e4, 0.001))
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, -1.0, 1e-300, float("nan")])
+def test_a_release_without_bound_never_fits(tmp_path: Path, noise_multiplier: float) -> None:
+    with pytest.raises(BudgetExhausted):
+        charge(open_ledger(tmp_path, 1e9), 1, Release("gradients", noise_multiplier, 0.1))
+    assert (tmp_path / "ledger.jsonl").read_bytes() == b""
+
+
+def test_a_round_asked_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    charge(ledger, 1)
+    content = (tmp_path / "ledger.jsonl").read_bytes()
+    # Charged and not released: computed again under the same charge.
+    for again in (ledger, open_ledger(tmp_path)):
+        assert charge(again, 1) is None
+    assert (tmp_path / "ledger.jsonl").read_bytes() == content
+    ledger.release(RUN, 1, b"the reply")
+    content = (tmp_path / "ledger.jsonl").read_bytes()
+    for again in (ledger, open_ledger(tmp_path)):
+        assert charge(again, 1) == b"the reply"
+        assert len(again.releases) == 1
+    assert (tmp_path / "ledger.jsonl").read_bytes() == content
+
+
+def test_a_round_with_other_instructions_is_refused(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    charge(ledger, 1)
+    with pytest.raises(PrivacyError, match="other instructions"):
+        charge(ledger, 1, digest="something else")
+    ledger.release(RUN, 1, b"reply")
+    with pytest.raises(PrivacyError, match="other instructions"):
+        charge(ledger, 1, digest="something else")
+    # Another run's round of the same number is another round.
+    assert ledger.charge("b" * 32, 1, STEP, PLAN, "something else") is None
+    assert len(ledger.releases) == 2
+
+
+def test_a_reply_that_is_no_longer_kept_is_not_made_again(tmp_path: Path) -> None:
+    ledger = fill(tmp_path)
+    with pytest.raises(PrivacyError, match="no longer kept"):
+        charge(ledger, 1)
+    assert charge(ledger, 2) == b"reply 2"
+    (tmp_path / "released.bin").unlink()
+    with pytest.raises(PrivacyError, match="no longer kept"):
+        charge(ledger, 2)
+
+
+def test_the_order_is_fixed_at_the_first_charge(tmp_path: Path) -> None:
+    """Later plans and releases, for which another order would be better, do not move it: that makes it a filter."""
+    ledger = open_ledger(tmp_path, 1e6)
+    first = [Release("gradients", 30.0, 0.01, 10)]
+    other = Release("gradients", 0.4, 0.5, 100)
+    order = best_order(first, DELTA)
+    assert best_order([other], DELTA) != order
+    ledger.charge(RUN, 1, first[0], first, "x")
+    ledger.charge(RUN, 2, other, [other], "y")
+    assert open_ledger(tmp_path).epsilon == pytest.approx(
+        float(epsilon_at_orders(rdp_of([*first, other]), DELTA)[order])
+    )
+    assert ledger.epsilon > epsilon_of([*first, other], DELTA)
+    assert [line["type"] for line in lines(tmp_path)] == ["opened", "charged", "charged"]
+
+
+def test_a_torn_last_line_is_recovered_wherever_it_tore(tmp_path: Path) -> None:
+    fill(tmp_path / "whole")
+    whole = (tmp_path / "whole" / "ledger.jsonl").read_bytes()
+    reply = (tmp_path / "whole" / "released.bin").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    folder = tmp_path / "torn"
+    for length in range(len(whole) + 1):
+        folder.mkdir(exist_ok=True)
+        (folder / "ledger.jsonl").write_bytes(whole[:length])
+        (folder / "released.bin").write_bytes(reply)
+        ledger = open_ledger(folder)
+        kept = max([end for end in ends if end <= length], default=0)
+        assert (folder / "ledger.jsonl").read_bytes() == whole[:kept]
+        assert len(ledger.releases) == whole[:kept].count(b'"charged"')
+    # It goes on from there.
+    assert charge(ledger, 9) is None
+    assert len(open_ledger(folder).releases) == 4
+
+
+def test_any_other_damage_stops_the_client(tmp_path: Path) -> None:
+    fill(tmp_path / "whole")
+    whole = (tmp_path / "whole" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    path = folder / "ledger.jsonl"
+
+    def opens(content: bytes) -> None:
+        path.write_bytes(content)
+        open_ledger(folder)
+
+    damages = [b"\n", b"{}\n", b"[]\n", b"null\n", b"17\n", b'"charged"\n', b"\x00\x00\n", b"\xff\n"]
+    damages += [b'{"type": "refunded", "run": "a", "round": 1}\n', b'{"type": "charged"}\n']
+    damages += [whole[1].replace(b"gradients", b"gradient"), whole[1].replace(b"1", b"x"), whole[1][:-5] + b"\n"]
+    damages += [whole[1].replace(b'"round": 1', b'"round": Infinity')]
+    for place in range(len(whole) - 1):
+        for damage in damages:
+            with pytest.raises(LedgerCorrupt, match=f"line {place + 1} of"):
+                opens(b"".join([*whole[:place], damage, *whole[place + 1 :]]))
+    with pytest.raises(LedgerCorrupt, match="second charge"):
+        opens(b"".join([*whole, whole[1]]))
+    with pytest.raises(LedgerCorrupt, match="line 2"):
+        opens(whole[0] + b"".join(whole[1:]).replace(b"{", b"", 1))
+    with pytest.raises(LedgerCorrupt, match="opened for delta"):
+        Ledger(tmp_path / "whole", max_epsilon=10.0, delta=1e-6)
+
+
+def test_damage_done_while_it_is_open_stops_it_too(tmp_path: Path) -> None:
+    ledger = fill(tmp_path)
+    with (tmp_path / "ledger.jsonl").open("ab") as file:
+        file.write(b"nonsense\n")
+    with pytest.raises(LedgerCorrupt):
+        charge(ledger, 9)
+
+
+def test_two_ledgers_on_one_file_see_each_other_s_charges(tmp_path: Path) -> None:
+    one, other = open_ledger(tmp_path, 3.0), open_ledger(tmp_path, 3.0)
+    server_round = 0
+    with pytest.raises(BudgetExhausted):
+        while True:
+            server_round += 1
+            charge([one, other][server_round % 2], server_round)
+    for ledger in (one, other):
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, 1000)
+        assert len(ledger.releases) == server_round - 1
+        assert 2.5 < ledger.epsilon <= 3.0
+    one.release(RUN, 1, b"from one")
+    assert charge(other, 1) == b"from one"
+
+
+CHARGING = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from common.errors import BudgetExhausted
+    from common.privacy.accounting import Release
+    from common.privacy.ledger import Ledger
+
+    folder, first, stride, max_epsilon = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    step = Release("gradients", 2.0, 0.1)
+    ledger = Ledger(folder, max_epsilon=max_epsilon, delta=1e-5)
+    number = first
+    try:
+        while True:
+            if ledger.charge("a" * 32, number, step, [step], "asked") is None:
+                print("charged", number, flush=True)
+                ledger.release("a" * 32, number, f"reply {number}".encode() * 1000)
+                print("released", number, flush=True)
+            number += stride
+    except BudgetExhausted:
+        print("exhausted", flush=True)
+""")
+
+
+def start(folder: Path, first: int, stride: int, max_epsilon: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHARGING, str(folder), str(first), str(stride), str(max_epsilon)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_share_one_budget(tmp_path: Path) -> None:
+    processes = [start(tmp_path, first, 2, 3.0) for first in (0, 1)]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert all(text.endswith("exhausted\n") for text in printed)
+    ledger = open_ledger(tmp_path, 3.0)
+    charged = [int(line.split()[1]) for text in printed for line in text.splitlines() if line.startswith("charged")]
+    assert len(charged) == len(set(charged)) == len(ledger.releases)
+    assert 2.5 < ledger.epsilon <= 3.0
+    with pytest.raises(BudgetExhausted):
+        charge(ledger, 10**6)
+
+
+def test_a_charge_that_was_told_survives_kill_9(tmp_path: Path) -> None:
+    """Killed at whatever moment, the file holds every charge and release that a client may have acted on."""
+    first = 1
+    for delay in (0.0, 0.013, 0.05):
+        process = start(tmp_path, first, 1, 1e6)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        told = process.communicate(timeout=60)[0].splitlines()
+        assert process.returncode == -signal.SIGKILL
+        ledger = open_ledger(tmp_path, 1e6)
+        rounds = [int(line["round"]) for line in lines(tmp_path) if line["type"] == "charged"]  # type: ignore[call-overload]
+        assert rounds == sorted(set(rounds))
+        assert len(ledger.releases) == len(rounds)
+        assert {first, *(int(line.split()[1]) for line in told if line.startswith("charged"))} <= set(rounds)
+        last = [int(line.split()[1]) for line in told if line.startswith("released")]
+        if last and rounds[-1] == last[-1]:
+            assert charge(ledger, last[-1]) == f"reply {last[-1]}".encode() * 1000
+        assert not list(tmp_path.glob("*.lock"))
+        first = rounds[-1] + 1
