@@ -38,7 +38,7 @@ CASES = {
     },
 }
 METHODS = ("plain", "book-keeping", "book-keeping, persons of 4", "Opacus hooks", "Opacus ghost")
-ROUNDS, OPACUS_EVERY = 20, 5  # Opacus is several times slower and is timed in every fifth round only
+ROUNDS, OPACUS_EVERY = 20, 7  # Opacus is several times slower and is timed in three rounds only
 Step = Callable[[], None]
 
 
@@ -145,9 +145,10 @@ def main() -> None:
     for case in CASES:
         print(f"\n{case}\n{'':32}{'time':>10}{'ratio':>8}{'steps':>7}{'memory':>11}{'ratio':>8}")
         times = times_s(case)
-        base_s, base_mib = statistics.median(times["plain"]), peak_mib(case, "plain")
+        peaks = {method: peak_mib(case, method) for method in METHODS}
+        base_s, base_mib = statistics.median(times["plain"]), peaks["plain"]
         for method in METHODS:
-            median_s, mib = statistics.median(times[method]), peak_mib(case, method)
+            median_s, mib = statistics.median(times[method]), peaks[method]
             print(
                 f"{method:32}{median_s * 1e3:>7.1f} ms{median_s / base_s:>8.2f}{len(times[method]):>7}"
                 f"{mib:>7.0f} MiB{mib / base_mib:>8.2f}"

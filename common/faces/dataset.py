@@ -129,7 +129,8 @@ class FaceDataset:
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote. Raises DataError where the file is missing, damaged or something else."""
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with path.open("rb") as file:
+                arrays = np.load(file, allow_pickle=False)
                 if not isinstance(arrays, Mapping):
                     raise DataError(f"{path} is a single array, not an .npz file: write it with FaceDataset.save")
                 found = {name: arrays[name] for name in arrays}

@@ -95,7 +95,7 @@ def load_folder(listing: Listing, options: FaceOptions) -> FaceDataset:
             f"{listing.folder} holds no image that can be read ({_summary(skipped)}): check the path and the files"
         )
     if skipped:
-        warnings.warn(f"{listing.folder}: {len(images)} images read, {_summary(skipped)}", SkippedImages, stacklevel=3)
+        warnings.warn(f"{listing.folder}: {len(images)} images read, {_summary(skipped)}", SkippedImages, stacklevel=5)
     return FaceDataset(np.stack(images), np.array(persons, dtype=np.int64) if listing.by_person else None)
 
 

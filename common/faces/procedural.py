@@ -37,11 +37,11 @@ def procedural_faces(persons: Sequence[int], images_per_person: int, options: Fa
     gives the same bytes; another processor may round a pixel differently by 1. Raises DataError for no persons, no images, negative
     or repeated numbers, or more than MAX_IMAGES images.
     """
-    numbers = [int(person) for person in persons]
-    if not numbers or images_per_person < 1 or len(numbers) * images_per_person > MAX_IMAGES:
+    if not len(persons) or images_per_person < 1 or len(persons) * images_per_person > MAX_IMAGES:
         raise DataError(
-            f"{len(numbers)} persons with {images_per_person} images each: use 1 or more of both, {MAX_IMAGES} in all at most"
+            f"{len(persons)} persons with {images_per_person} images each: use 1 or more of both, {MAX_IMAGES} in all at most"
         )
+    numbers = [int(person) for person in persons]
     if len(set(numbers)) != len(numbers) or not all(0 <= number < 2**32 for number in [seed, *numbers]):
         raise DataError(f"persons {numbers[:5]} ... with seed {seed}: use different numbers from 0 to {2**32 - 1}")
     images = [_draw_person(number, images_per_person, options, seed) for number in numbers]

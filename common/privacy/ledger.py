@@ -152,7 +152,7 @@ class Ledger:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 self._take_in(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise LedgerCorrupt(
                     f"line {number} of {self._path} is damaged ({error}): this client trains no more until its owner restores "
                     "the ledger from a copy that is not older than the last round"
@@ -169,6 +169,8 @@ class Ledger:
 
     def _take_in(self, record: dict[str, Any]) -> None:
         kind = record["type"]
+        if (kind == "opened") != (self._order is None):
+            raise ValueError("the order is not fixed first, and once")
         if kind == "opened":
             self._order = ORDERS.index(record["order"])
             if record["delta"] != self._delta:
@@ -182,12 +184,14 @@ class Ledger:
                 float(record["sample_rate"]),
                 int(record["steps"]),
             )
-            if release.mechanism not in MECHANISMS or key in self._charged:
-                raise ValueError(f"an unknown mechanism or a second charge of round {key[1]}")
+            if release.mechanism not in MECHANISMS or release.steps < 1 or key in self._charged:
+                raise ValueError(f"an unknown mechanism, no steps, or a second charge of round {key[1]}")
             self._charged[key] = record["instructions"]
             self._releases.append(release)
             self._rdp = self._rdp + rdp_of([release])
         elif kind == "released":
+            if key not in self._charged or key in self._released:
+                raise ValueError(f"round {key[1]} was not charged, or was answered twice")
             self._released[key] = record["reply"]
         else:
             raise ValueError(f"a record of unknown type {kind!r}")

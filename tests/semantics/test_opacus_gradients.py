@@ -77,10 +77,10 @@ def test_hooks_with_reflect_padding_is_wrong() -> None:
     assert error(by_opacus(model, images()), expected) > 0.01
 
 
-def test_hooks_of_a_model_in_eval_mode_do_nothing() -> None:
+def test_hooks_of_a_model_in_eval_mode_fail() -> None:
     hooked = GradSampleModule(convolution().eval(), loss_reduction="sum")
-    LOSSES["bce"].real(hooked(images())).sum().backward()
-    assert all(getattr(p, "grad_sample", None) is None for p in hooked.parameters())
+    with pytest.raises(ValueError, match="No activations"):
+        LOSSES["bce"].real(hooked(images())).sum().backward()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -102,13 +102,15 @@ def test_our_opacus_path_refuses_other_padding() -> None:
 
 
 def test_our_opacus_path_finds_wrong_gradients() -> None:
-    class Tripled(nn.Linear):  # stands for any layer on which Opacus's formula is wrong
+    class ChannelsLast(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(3 * x)
+            return x.contiguous(memory_format=torch.channels_last)
 
-    model = nn.Sequential(nn.Flatten(), Tripled(128, 1), nn.Flatten(0))
+    model = nn.Sequential(ChannelsLast(), *convolution())
     with pytest.raises(PrivacyError, match="miss the plain gradient"):
-        clipped_sum(model, LOSSES["bce"].real, images(), None, UNITS, 6, 0.1)
+        clipped_sum(model, LOSSES["bce"].real, images(), None, UNITS, 6, 0.1, method="opacus")
+    found = clipped_sum(model, LOSSES["bce"].real, images(), None, UNITS, 6, 0.1)
+    assert error(found, clipped_sum(convolution(), LOSSES["bce"].real, images(), None, UNITS, 6, 0.1)) < 1e-5
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)

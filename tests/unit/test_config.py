@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import (
@@ -161,6 +161,7 @@ def _values() -> st.SearchStrategy[dict[str, Scalar]]:
     )
 
 
+@settings(deadline=None, max_examples=50)
 @given(_values())
 def test_flat_keys_survive_the_round_trip(flat: dict[str, Scalar]) -> None:
     config = RunConfig.from_flat(flat)
@@ -170,6 +171,7 @@ def test_flat_keys_survive_the_round_trip(flat: dict[str, Scalar]) -> None:
     assert all(type(value) in (bool, int, float, str) for value in back.values())
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.dictionaries(
         st.sampled_from(list(flat_fields())),

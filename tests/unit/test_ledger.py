@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -179,7 +177,8 @@ def test_a_torn_last_line_is_recovered_wherever_it_tore(tmp_path: Path) -> None:
     reply = (tmp_path / "whole" / "released.bin").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     folder = tmp_path / "torn"
-    for length in range(len(whole) + 1):
+    last = ends[-2]
+    for length in [*range(0, last, 7), *ends, *(end - 1 for end in ends), *range(last, len(whole) + 1)]:
         folder.mkdir(exist_ok=True)
         (folder / "ledger.jsonl").write_bytes(whole[:length])
         (folder / "released.bin").write_bytes(reply)
@@ -188,6 +187,7 @@ def test_a_torn_last_line_is_recovered_wherever_it_tore(tmp_path: Path) -> None:
         assert (folder / "ledger.jsonl").read_bytes() == whole[:kept]
         assert len(ledger.releases) == whole[:kept].count(b'"charged"')
     # It goes on from there.
+    assert (folder / "ledger.jsonl").read_bytes() == whole
     assert charge(ledger, 9) is None
     assert len(open_ledger(folder).releases) == 4
 
@@ -243,46 +243,68 @@ def test_two_ledgers_on_one_file_see_each_other_s_charges(tmp_path: Path) -> Non
     assert charge(other, 1) == b"from one"
 
 
-CHARGING = textwrap.dedent("""
-    import sys
+# Forks children that charge round after round and tell of it in a file; kills them where told so.
+DRIVER = textwrap.dedent("""
+    import os, signal, sys, time
     from pathlib import Path
     from common.errors import BudgetExhausted
     from common.privacy.accounting import Release
     from common.privacy.ledger import Ledger
 
-    folder, first, stride, max_epsilon = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    folder, max_epsilon, delays = Path(sys.argv[1]), float(sys.argv[2]), [float(text) for text in sys.argv[3:]]
     step = Release("gradients", 2.0, 0.1)
-    ledger = Ledger(folder, max_epsilon=max_epsilon, delta=1e-5)
-    number = first
-    try:
-        while True:
-            if ledger.charge("a" * 32, number, step, [step], "asked") is None:
-                print("charged", number, flush=True)
-                ledger.release("a" * 32, number, f"reply {number}".encode() * 1000)
-                print("released", number, flush=True)
-            number += stride
-    except BudgetExhausted:
-        print("exhausted", flush=True)
+
+    def charge_on(number, stride, told):
+        ledger = Ledger(folder, max_epsilon=max_epsilon, delta=1e-5)
+        try:
+            while True:
+                if ledger.charge("a" * 32, number, step, [step], "asked") is None:
+                    os.write(told, f"charged {number}\\n".encode())
+                    ledger.release("a" * 32, number, f"reply {number}".encode() * 1000)
+                    os.write(told, f"released {number}\\n".encode())
+                number += stride
+        except BudgetExhausted:
+            os.write(told, b"exhausted\\n")
+            os._exit(7)
+
+    def fork(number, stride, name):
+        told = os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        return os.fork() or charge_on(number, stride, told)
+
+    if not delays:
+        children = [fork(first, 2, f"told-{first}") for first in (0, 1)]
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7, 7]
+    for i, delay in enumerate(delays):
+        child = fork(1000 * i, 1, f"told-{i}")
+        while not (folder / f"told-{i}").stat().st_size:
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """)
 
 
-def start(folder: Path, first: int, stride: int, max_epsilon: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHARGING, str(folder), str(first), str(stride), str(max_epsilon)],
-        stdout=subprocess.PIPE,
-        text=True,
+def drive(folder: Path, *arguments: float) -> list[list[str]]:
+    """Run the driver; what each child told."""
+    subprocess.run(
+        [sys.executable, "-c", DRIVER, str(folder), *map(str, arguments)],
+        check=True,
+        timeout=250,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    return [path.read_text().splitlines() for path in sorted(folder.glob("told-*"))]
+
+
+def numbers(told: list[str], kind: str) -> list[int]:
+    return [int(line.split()[1]) for line in told if line.startswith(kind)]
 
 
 def test_two_processes_share_one_budget(tmp_path: Path) -> None:
-    processes = [start(tmp_path, first, 2, 3.0) for first in (0, 1)]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert all(text.endswith("exhausted\n") for text in printed)
+    told = drive(tmp_path, 3.0)
+    assert [text[-1] for text in told] == ["exhausted"] * 2
     ledger = open_ledger(tmp_path, 3.0)
-    charged = [int(line.split()[1]) for text in printed for line in text.splitlines() if line.startswith("charged")]
+    charged = [number for text in told for number in numbers(text, "charged")]
     assert len(charged) == len(set(charged)) == len(ledger.releases)
     assert 2.5 < ledger.epsilon <= 3.0
     with pytest.raises(BudgetExhausted):
@@ -291,22 +313,14 @@ def test_two_processes_share_one_budget(tmp_path: Path) -> None:
 
 def test_a_charge_that_was_told_survives_kill_9(tmp_path: Path) -> None:
     """Killed at whatever moment, the file holds every charge and release that a client may have acted on."""
-    first = 1
-    for delay in (0.0, 0.013, 0.05):
-        process = start(tmp_path, first, 1, 1e6)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        told = process.communicate(timeout=60)[0].splitlines()
-        assert process.returncode == -signal.SIGKILL
-        ledger = open_ledger(tmp_path, 1e6)
-        rounds = [int(line["round"]) for line in lines(tmp_path) if line["type"] == "charged"]  # type: ignore[call-overload]
+    told = drive(tmp_path, 1e6, 0.0, 0.002, 0.005, 0.011, 0.03, 0.0)
+    ledger = open_ledger(tmp_path, 1e6)
+    kept = lines(tmp_path)
+    for kind in ("charged", "released"):
+        rounds = [int(line["round"]) for line in kept if line["type"] == kind]  # type: ignore[call-overload]
         assert rounds == sorted(set(rounds))
-        assert len(ledger.releases) == len(rounds)
-        assert {first, *(int(line.split()[1]) for line in told if line.startswith("charged"))} <= set(rounds)
-        last = [int(line.split()[1]) for line in told if line.startswith("released")]
-        if last and rounds[-1] == last[-1]:
-            assert charge(ledger, last[-1]) == f"reply {last[-1]}".encode() * 1000
-        assert not list(tmp_path.glob("*.lock"))
-        first = rounds[-1] + 1
+        assert {number for text in told for number in numbers(text, kind)} <= set(rounds)
+        assert len(rounds) >= (6 if kind == "charged" else 1)
+    last = rounds[-1]
+    assert charge(ledger, last) == f"reply {last}".encode() * 1000
+    assert charge(ledger, last + 2) is None
