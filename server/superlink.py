@@ -175,19 +175,21 @@ def superlink_grid(address: str, state_dir: Path | None = None) -> Iterator[Supe
     host, port = loopback_address(address)
     _require_free(host, port)
     with contextlib.ExitStack() as stack:
-        folder = state_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="visard-")))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="visard-")))
+        log_path = (state_dir or folder) / "superlink.log"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_sigterm_as_exit())
         secret = secrets.token_bytes(32)
-        process = stack.enter_context(_superlink_process(host, port, folder, secret))
+        process = stack.enter_context(_superlink_process(host, port, folder, log_path, secret))
         token = _start_run(address, secret)
         yield stack.enter_context(_serverapp_task(address, token, process))
 
 
 @contextlib.contextmanager
-def _superlink_process(host: str, port: int, folder: Path, secret: bytes) -> "Iterator[subprocess.Popen[bytes]]":
-    log_path, secret_path = folder / "superlink.log", folder / "superlink.secret"
-    secret_path.unlink(missing_ok=True)
+def _superlink_process(
+    host: str, port: int, folder: Path, log_path: Path, secret: bytes
+) -> "Iterator[subprocess.Popen[bytes]]":
+    secret_path = folder / "secret"
     secret_path.touch(mode=0o600, exist_ok=False)
     secret_path.write_bytes(secret)
     command = [sys.executable, "-c", _SUPERLINK, str(os.getpid()), "--insecure", "--host", host, "--port", str(port)]
@@ -201,15 +203,13 @@ def _superlink_process(host: str, port: int, folder: Path, secret: bytes) -> "It
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "FLWR_LOG_LEVEL": "WARNING", **ENVIRONMENT},
+            env={**os.environ, "FLWR_LOG_LEVEL": "WARNING", "FLWR_HOME": str(folder), **ENVIRONMENT},
             start_new_session=True,
         )
     try:
         _wait_until_healthy(process, f"http://{host}:{port}/health", log_path)
-        secret_path.unlink()
         yield process
     finally:
-        secret_path.unlink(missing_ok=True)
         process.terminate()
         try:
             process.wait(_STOP_TIMEOUT_S)

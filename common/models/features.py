@@ -8,7 +8,7 @@ seed, so the features cost no privacy.
 """
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,16 +16,43 @@ from torch.nn import functional as F
 
 from common.errors import ConfigError
 
-# image size -> groups of (kernel, stride, filters, length scale over the usual one)
-Spec = tuple[tuple[int, int, int, float], ...]
-_SPECS: dict[int, Spec] = {
-    28: ((6, 2, 16, 0.5), (10, 3, 32, 0.5), (14, 7, 128, 0.5), (28, 1, 1500, 0.5)),
-    32: ((6, 2, 16, 0.5), (8, 4, 32, 0.5), (16, 8, 128, 0.5), (32, 1, 1500, 0.5)),
-    64: ((10, 6, 16, 0.5), (16, 8, 32, 0.5), (32, 16, 128, 0.5), (64, 1, 1500, 0.5)),
-}
 
-# Mean squared difference of one pixel value, in [0, 1], between two handwritten digits: the usual length scale.
-_PIXEL_VARIANCE = 105 / 784
+class Group(NamedTuple):
+    """One bank of filters, and what it looks at.
+
+    kernel, stride: in pixels. filters: each gives a cosine and a sine at each place. length: the kernel's length scale, as
+    the root mean square difference of a pixel value, in [0, 1], at which two patches count as half alike (exp(-1/2)).
+    looks_at: "all"; "contrast": filters sum to 0 over space, so brightness, which else drowns the detail of a
+    photograph, does not count; "colour": filters sum to 0 over the channels (the group is left out of grey images).
+    """
+
+    kernel: int
+    stride: int
+    filters: int
+    length: float
+    looks_at: str = "all"
+
+
+# Tried on MNIST (28 px: twice this length cost 4 points of accuracy, 0.7 of it 1.5) and on photographs of faces (32 px).
+_SPECS: dict[int, tuple[Group, ...]] = {
+    28: (Group(6, 2, 16, 0.183), Group(10, 3, 32, 0.183), Group(14, 7, 128, 0.183), Group(28, 1, 1500, 0.183)),
+    32: (
+        Group(4, 2, 16, 0.073, "contrast"),
+        Group(8, 4, 64, 0.092, "contrast"),
+        Group(16, 8, 96, 0.11, "contrast"),
+        Group(8, 4, 48, 0.092, "colour"),
+        Group(16, 8, 96, 0.183),
+        Group(32, 1, 1500, 0.183),
+    ),
+    64: (
+        Group(8, 4, 16, 0.073, "contrast"),
+        Group(16, 8, 64, 0.092, "contrast"),
+        Group(32, 16, 96, 0.11, "contrast"),
+        Group(16, 8, 48, 0.092, "colour"),
+        Group(32, 16, 96, 0.183),
+        Group(64, 1, 1500, 0.183),
+    ),
+}
 
 
 class RandomFeatures(nn.Module):
@@ -38,7 +65,7 @@ class RandomFeatures(nn.Module):
     features by at most 1, and so does adding or removing one person whose images' features are averaged.
     """
 
-    def __init__(self, image_size: int, channels: int, seed: int, spec: Spec | None = None) -> None:
+    def __init__(self, image_size: int, channels: int, seed: int, groups: tuple[Group, ...] | None = None) -> None:
         super().__init__()
         if image_size not in _SPECS or channels not in (1, 3):
             raise ConfigError(
@@ -46,14 +73,19 @@ class RandomFeatures(nn.Module):
                 f"{sorted(_SPECS)} pixels: choose of these"
             )
         self.image_size, self.channels = image_size, channels
-        self.spec = spec or _SPECS[image_size]
+        wanted = groups or _SPECS[image_size]
+        self.groups = tuple(group for group in wanted if channels > 1 or group.looks_at != "colour")
         generator = torch.Generator().manual_seed(seed)
         self.dim = 0
-        for index, (kernel, stride, filters, length) in enumerate(self.spec):
-            scale = 1 / math.sqrt(_PIXEL_VARIANCE * channels * kernel**2) / length
-            weight = torch.randn((filters, channels, kernel, kernel), generator=generator) * scale
+        for index, group in enumerate(self.groups):
+            shape = (group.filters, channels, group.kernel, group.kernel)
+            weight = torch.randn(shape, generator=generator) / (group.length * math.sqrt(channels) * group.kernel)
+            if group.looks_at == "contrast":
+                weight -= weight.mean(dim=(2, 3), keepdim=True)
+            elif group.looks_at == "colour":
+                weight -= weight.mean(dim=1, keepdim=True)
             self.register_buffer(f"weight{index}", weight)
-            self.dim += 2 * filters * ((image_size - kernel) // stride + 1) ** 2
+            self.dim += 2 * group.filters * ((image_size - group.kernel) // group.stride + 1) ** 2
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, dim) float32, L2 norm <= 1 a row, of images (B, C, H, W) in [-1, 1].
@@ -64,10 +96,10 @@ class RandomFeatures(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != shape:
             raise ConfigError(f"images of shape {tuple(images.shape)} were given; the features take (B, *{shape})")
         unit = (images + 1) / 2
-        groups = []
-        for index, (_, stride, _, _) in enumerate(self.spec):
+        embedded = []
+        for index, group in enumerate(self.groups):
             weight = cast(torch.Tensor, getattr(self, f"weight{index}"))
-            response = F.conv2d(unit, weight, stride=stride).flatten(1).float()
-            scale = (1 - 2**-16) / math.sqrt(len(self.spec) * response.shape[1])
-            groups += [response.cos() * scale, response.sin() * scale]
-        return torch.cat(groups, dim=1)
+            response = F.conv2d(unit, weight, stride=group.stride).flatten(1).float()
+            scale = (1 - 2**-16) / math.sqrt(len(self.groups) * response.shape[1])
+            embedded += [response.cos() * scale, response.sin() * scale]
+        return torch.cat(embedded, dim=1)

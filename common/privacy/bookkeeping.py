@@ -30,6 +30,7 @@ _BLOCK_FLOATS = 2**18
 
 PerSampleLoss = Callable[[torch.Tensor], torch.Tensor]
 _Reorder = Callable[[torch.Tensor], torch.Tensor]
+_Kept = tuple[nn.Module, torch.Tensor, torch.Tensor | None]  # a layer, its input, its output's gradient
 
 
 def unknown_layer(model: nn.Module) -> str | None:
@@ -99,22 +100,25 @@ class BookKeeping:
 
     def add(self, images: torch.Tensor, labels: torch.Tensor | None, size: int, max_grad_norm: float) -> None:
         """Add the units of these images, `size` images each, in order."""
-        gradients = self._gradients(images, labels, size)
-        if not gradients:
-            return
-        squared = torch.stack([gradient.squared_norms() for gradient in gradients]).sum(0)
-        finite = squared.isfinite()
-        if bool(finite.all()):
-            factors = clip_factors(squared, max_grad_norm)
-            for gradient in gradients:
-                if gradient.parameter not in self._totals:
-                    self._totals[gradient.parameter] = gradient.zeros(), gradient.reorder
-                gradient.add_to(self._totals[gradient.parameter][0], factors)
-        elif bool(finite.any()):
+        kept = self._forward_and_back(images, labels, size)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            gradients = self._gradients(kept, images.shape[0], size)
+            if not gradients:
+                return
+            squared = torch.stack([gradient.squared_norms() for gradient in gradients]).sum(0)
+            finite = squared.isfinite()
+            if bool(finite.all()):
+                factors = clip_factors(squared, max_grad_norm)
+                for gradient in gradients:
+                    if gradient.parameter not in self._totals:
+                        self._totals[gradient.parameter] = gradient.zeros(), gradient.reorder
+                    gradient.add_to(self._totals[gradient.parameter][0], factors)
+                return
+        if bool(finite.any()):
             # Infinity times zero is not zero: do the others again without the units that are not finite.
             del gradients
-            kept = finite.repeat_interleave(size)
-            self.add(images[kept], None if labels is None else labels[kept], size, max_grad_norm)
+            left = finite.repeat_interleave(size)
+            self.add(images[left], None if labels is None else labels[left], size, max_grad_norm)
 
     def total(self) -> torch.Tensor:
         """The sum so far, (d,) float32 in `model.parameters()` order."""
@@ -137,29 +141,33 @@ class BookKeeping:
             output.requires_grad_()  # the first layer: nothing before it asks for a gradient
         self._seen[layer] = args[0].detach(), output, args[0]._version, output._version
 
-    def _gradients(self, images: torch.Tensor, labels: torch.Tensor | None, size: int) -> list["_Rows | _Product"]:
+    def _forward_and_back(self, images: torch.Tensor, labels: torch.Tensor | None, size: int) -> list[_Kept]:
         try:
             loss = sum_of_losses(self._per_sample_loss, forward_logits(self._model, images, labels)) / size
-            kept = list(self._seen.items())
+            seen = list(self._seen.items())
         finally:
             self._seen.clear()
-        outputs = [output for _, (_, output, _, _) in kept]
-        output_gradients = list(torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ())
-        del loss, outputs
+        outputs = [output for _, (_, output, _, _) in seen]
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
+        kept: list[_Kept] = []
+        for (layer, (x, output, *versions)), gy in zip(seen, gradients, strict=True):
+            name = type(layer).__name__
+            if versions != [x._version, output._version]:
+                raise PrivacyError(f"the input or output of a {name} is changed in place; use inplace=False")
+            if x.shape[0] != images.shape[0] or output.shape[0] != images.shape[0]:
+                raise PrivacyError(
+                    f"a {name} sees {x.shape[0]} rows of {images.shape[0]} images; "
+                    "keep the batch dimension first and whole"
+                )
+            kept.append((layer, x, gy))
+        return kept
+
+    def _gradients(self, kept: list[_Kept], batch: int, size: int) -> list["_Rows | _Product"]:
         gradients: list[_Rows | _Product] = []
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            while kept:
-                (layer, (x, output, *versions)), gy = kept.pop(), output_gradients.pop()
-                if versions != [x._version, output._version]:
-                    name = type(layer).__name__
-                    raise PrivacyError(f"the input or output of a {name} is changed in place; use inplace=False")
-                if x.shape[0] != images.shape[0] or output.shape[0] != images.shape[0]:
-                    raise PrivacyError(
-                        f"a {type(layer).__name__} sees {x.shape[0]} rows of {images.shape[0]} images; "
-                        "keep the batch dimension first and whole"
-                    )
-                if gy is not None:
-                    gradients += _PARTS[type(layer)](layer, x, gy.float(), images.shape[0] // size, self._scratch)
+        while kept:  # emptied on the way, to free what is done
+            layer, x, gy = kept.pop()
+            if gy is not None:
+                gradients += _PARTS[type(layer)](layer, x, gy.float(), batch // size, self._scratch)
         return [gradient for gradient in gradients if gradient.parameter in self._trained]
 
 

@@ -75,7 +75,7 @@ def test_flwr_run_trains_to_the_end(flower: dict[str, str], tmp_path: Path) -> N
     done = flwr_run(
         flower,
         f'runs-dir="{runs}" data="procedural:persons=40,images=2" num-rounds=2 moment-steps=3 min-clients=2 image-size=28 '
-        'channels=1 discriminator="mlp" discriminator-width=8 generator-width=8 epsilon=5.0',
+        'channels=1 discriminator="mlp" discriminator-width=8 generator-width=8 epsilon=10.0 moment-noise-multiplier=4.0',
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = runs.glob("flwr-*")

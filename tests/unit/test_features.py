@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from common.models.features import RandomFeatures
+from common.models.features import Group, RandomFeatures
 
 
 @pytest.mark.parametrize("image_size", [28, 32, 64])
@@ -36,12 +36,12 @@ def test_the_norm_holds_in_bfloat16_too() -> None:
 
 
 def test_against_a_naive_loop() -> None:
-    spec = ((3, 2, 4, 0.7), (28, 1, 5, 2.0))
-    features = RandomFeatures(28, 3, seed=5, spec=spec)
+    groups = (Group(3, 2, 4, 0.3), Group(5, 4, 2, 0.2, "contrast"), Group(28, 1, 5, 0.5, "colour"))
+    features = RandomFeatures(28, 3, seed=5, groups=groups)
     image = torch.rand((1, 3, 28, 28), generator=torch.Generator().manual_seed(1)) * 2 - 1
     pixels = ((image[0] + 1) / 2).double().numpy()
     expected: list[float] = []
-    for index, (kernel, stride, filters, _) in enumerate(spec):
+    for index, (kernel, stride, filters, _, _) in enumerate(groups):
         weight = getattr(features, f"weight{index}").double().numpy()
         places = range(0, 28 - kernel + 1, stride)
         responses = np.array(
@@ -53,7 +53,7 @@ def test_against_a_naive_loop() -> None:
             ]
         )
         for wave in (np.cos, np.sin):
-            expected += list(wave(responses) / math.sqrt(2 * len(responses)))
+            expected += list(wave(responses) / math.sqrt(3 * len(responses)))
     assert features.dim == len(expected)
     np.testing.assert_allclose(features(image)[0].numpy(), expected, rtol=2e-4, atol=2e-6)
 
@@ -87,3 +87,23 @@ def test_unknown_shapes_are_refused() -> None:
         features(torch.zeros((2, 3, 28, 28)))
     with pytest.raises(ConfigError, match="shape"):
         features(torch.zeros((1, 28, 28)))
+
+
+def test_contrast_ignores_brightness_and_colour_ignores_grey() -> None:
+    image = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(2)) - 0.5
+    contrast = RandomFeatures(32, 3, seed=0, groups=(Group(8, 4, 4, 0.1, "contrast"),))
+    assert torch.allclose(contrast(image), contrast(image + 0.4), atol=1e-5)
+    assert not torch.allclose(contrast(image), contrast(image * 0.5), atol=1e-3)
+    colour = RandomFeatures(32, 3, seed=0, groups=(Group(8, 4, 4, 0.1, "colour"),))
+    assert torch.allclose(colour(image), colour(image + image[:, :1] / 2), atol=1e-5)
+    assert not torch.allclose(colour(image), colour(image.flip(1)), atol=1e-3)
+    assert len(RandomFeatures(32, 1, seed=0).groups) == len(RandomFeatures(32, 3, seed=0).groups) - 1
+
+
+def test_length_is_where_the_kernel_falls_to_exp_minus_half() -> None:
+    random = torch.Generator().manual_seed(4)
+    one = torch.rand((1, 1, 28, 28), generator=random) - 0.5
+    step = torch.randn((1, 1, 28, 28), generator=random)
+    other = one + 2 * 0.183 * step / step.square().mean().sqrt()  # [-1, 1] is twice as wide as [0, 1]
+    features = RandomFeatures(28, 1, seed=0, groups=(Group(28, 1, 4000, 0.183),))
+    assert float((features(one) * features(other)).sum()) == pytest.approx(math.exp(-0.5), abs=0.05)

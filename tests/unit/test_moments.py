@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
-from common.models.features import RandomFeatures
+from common.models.features import Group, RandomFeatures
 from common.models.generators import build_generator
 from server.moments import MomentLoss, balanced_labels, moment_learning_rate, moment_step, target_means
 
-_SPEC = ((14, 7, 4, 1.0), (28, 1, 8, 1.0))
+_GROUPS = (Group(14, 7, 4, 0.37), Group(28, 1, 8, 0.37))
 
 
 def _features() -> RandomFeatures:
-    return RandomFeatures(28, 1, seed=0, spec=_SPEC)
+    return RandomFeatures(28, 1, seed=0, groups=_GROUPS)
 
 
 def _images(count: int, seed: int) -> torch.Tensor:
