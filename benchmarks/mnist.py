@@ -86,7 +86,9 @@ def main() -> None:
     """Run the arms that were asked for and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with MNIST's four IDX files")
-    parser.add_argument("--arm", nargs="+", choices=["moments", "central", "local"], default=["moments", "central", "local"])
+    parser.add_argument(
+        "--arm", nargs="+", choices=["moments", "central", "local"], default=["moments", "central", "local"]
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other options of the recipe")
     parser.add_argument("--keep", type=Path, help="folder to keep the runs in")

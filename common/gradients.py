@@ -67,7 +67,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def from_uint8(images: np.ndarray) -> Tensor:
     """Images uint8 0..255, (B, C, H, W), to float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(torch.float32).div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(images)).to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def _chunk(images: Tensor) -> int | None:

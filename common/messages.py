@@ -126,9 +126,7 @@ class RoundInstructions:
         require(0 <= self.planned_steps <= 10**9, f"planned_steps = {self.planned_steps}")
         require(self.moment_rounds in (0, 1), f"moment_rounds = {self.moment_rounds}")
         require(0 < self.local_lr <= 10, f"local_lr = {self.local_lr}")
-        require(
-            0 <= self.moment_noise_multiplier <= 1e6, f"moment_noise_multiplier = {self.moment_noise_multiplier}"
-        )
+        require(0 <= self.moment_noise_multiplier <= 1e6, f"moment_noise_multiplier = {self.moment_noise_multiplier}")
         require(0 <= self.feature_seed <= 2**31, f"feature_seed = {self.feature_seed}")
         if self.privacy.privacy_model is not PrivacyModel.NONE:
             require(self.release.noise_multiplier > 0, "a private round without noise")

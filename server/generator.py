@@ -19,6 +19,8 @@ from server.moments import MomentLoss
 _ACCURACY_DECAY = 0.95
 _ACCURACY_FLOOR = 0.65
 _MAX_DISCRIMINATOR_STEPS = 50
+# Steps over which the moment stage's learning rate rises.
+_WARM_UP_STEPS = 20
 
 
 class GeneratorTrainer:
@@ -35,9 +37,8 @@ class GeneratorTrainer:
         fakes, labels = self._fakes(moments.moment_batch)
         with half_precision(self._device):
             loss = self._moments()(fakes, labels)
-        # The rate falls linearly over the second half (recipe of the moment stage).
-        progress = state.generator_steps / max(moments.moment_steps, 1)
-        _set_rate(state.generator_optimizer, moments.moment_lr * min(1.0, 2.0 * (1.0 - progress)), (0.5, 0.99))
+        rate = moment_rate(state.generator_steps, moments.moment_steps, moments.moment_lr)
+        _set_rate(state.generator_optimizer, rate, (0.5, 0.99))
         state.generator_optimizer.zero_grad()
         torch.autograd.backward(loss)
         state.generator_optimizer.step()
@@ -110,6 +111,11 @@ class GeneratorTrainer:
         update_ema(
             self._state.ema, self._state.generator, self._state.config.training.ema_decay, self._state.generator_steps
         )
+
+
+def moment_rate(step: int, num_steps: int, rate: float) -> float:
+    """Learning rate of `step` (from 0) of `num_steps`: a short linear rise, constant, a linear fall over the second half."""
+    return rate * min(1.0, (step + 1) / _WARM_UP_STEPS, 2.0 * (1.0 - step / num_steps))
 
 
 def draw_latents(config: RunConfig, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:

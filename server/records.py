@@ -138,4 +138,5 @@ def _drop_rounds_from(path: Path, next_round: int) -> None:
 
 
 def _has_round(path: Path, server_round: int) -> bool:
-    return path.exists() and any(json.loads(line)["round"] == server_round for line in path.open(encoding="utf-8"))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(json.loads(line)["round"] == server_round for line in lines)

@@ -40,6 +40,7 @@ TINY: dict[str, Scalar] = {
     "data": "procedural:persons=12,images=2",
     "num-clients": 3,
     "sample-every": 1000,
+    "round-timeout-s": 60.0,
 }
 
 

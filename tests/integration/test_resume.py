@@ -27,7 +27,7 @@ CONFIGS = {
     "local": {"privacy_model": "local", "discriminator_steps": 2},
     "local, several steps": {"privacy_model": "local", "local_steps": 2, "generator_batch": 6},
     "none, adaptive": {"privacy_model": "none", "adaptive": True, "checkpoint_every": 3},
-    "conditional": {"privacy_model": "central", "num_classes": 3, "adam_beta1": 0.5},
+    "conditional": {"privacy_model": "central", "num_classes": 3, "adam_beta1": 0.5, "generator_batch": 6},
     "without moments": {"privacy_model": "central", "moment_rounds": 0},
 }
 CLIENTS = 2

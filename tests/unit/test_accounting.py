@@ -148,7 +148,7 @@ def test_the_best_order_is_the_one_that_proves_least() -> None:
     assert 1.05 < ORDERS[best_order(releases, 1e-5)] < 1024
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("epsilon", [0.5, 3.0, 10.0])
 @pytest.mark.parametrize(("rate", "steps"), [(0.01, 1000), (0.1, 60), (1.0, 10)])
 @pytest.mark.parametrize("moments", [0, 1])
 def test_calibration_comes_near_the_budget_from_below(epsilon: float, rate: float, steps: int, moments: int) -> None:
