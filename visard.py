@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 import typer
 from rich.console import Console
@@ -40,12 +41,19 @@ def build() -> typer.Typer:
     return app
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_args: object, **_kwargs: object) -> None:
+    """Ours are meant for the user; those of libraries are not."""
+    if category.__module__.startswith("common."):
+        Console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command; what Visard refuses on purpose is told in one line, without a traceback."""
+    warnings.showwarning = _show_warning
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         build()()
-    except VisardError as error:
+    except (VisardError, OSError) as error:
         Console(stderr=True).print(
             f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False, soft_wrap=True
         )

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.discriminator import gradient_update
+from client.discriminator import gradient_update, required_weights
 from client.moments import moment_update
 from client.policy import OwnerPolicy
 from common.errors import VisardError
@@ -50,6 +50,8 @@ def _answer(content: RecordDict, context: Context, new_random: NewRandom) -> Rec
     policy = OwnerPolicy.from_context(context)
     instructions = RoundInstructions.from_record(content)
     policy.check(instructions)
+    if instructions.stage is Stage.GRADIENTS:
+        required_weights(instructions)  # before anything is charged
     update = _private_update if instructions.privacy.privacy_model is not PrivacyModel.NONE else _update
     vector = update(policy, instructions, new_random(instructions, context))
     return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector).to_record()

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig, PrivacyConfig
 from common.device import pick_device
-from common.errors import DataError
+from common.errors import DataError, ProtocolError
 from common.faces import FaceDataset
 from common.gradients import fake_mean, from_uint8, real_sum
 from common.messages import RoundInstructions
 from common.models.discriminators import build_discriminator
-from common.models.flat import get_flat, set_flat
+from common.models.flat import get_flat, num_parameters, set_flat
 from common.models.losses import LOSSES
 from common.privacy.clipping import check_no_cross_sample
 from common.privacy.randomness import SecureRandom, add_gaussian_noise
@@ -33,18 +33,25 @@ from common.privacy.units import PrivacyModel, PrivacyUnit
 def gradient_update(instructions: RoundInstructions, faces: FaceDataset, random: SecureRandom) -> np.ndarray:
     """The vector that answers a gradient round: (d,) float32; see `DiscriminatorUpdate`.
 
-    Raises DataError where the faces have no persons or labels and the round needs them.
+    Raises DataError where the faces have no persons or labels and the round needs them, ProtocolError where the weights
+    do not fit.
     """
     discriminator = cached_discriminator(instructions.model)
-    if instructions.discriminator is None:
-        raise ValueError("a gradient round carries the discriminator's parameters")
-    try:
-        set_flat(discriminator, instructions.discriminator.copy())
-    except ValueError as error:
-        raise DataError(f"the coordinator's discriminator does not fit the model it names: {error}") from error
+    set_flat(discriminator, required_weights(instructions))
     if instructions.local_steps == 1:
         return noised_gradient(discriminator, instructions, faces, random).numpy()
     return _local_gradient(discriminator, instructions, faces, random)
+
+
+def required_weights(instructions: RoundInstructions) -> np.ndarray:
+    """The discriminator's parameters that a gradient round carries, (d,). Raises ProtocolError where d is not the model's."""
+    expected = num_parameters(cached_discriminator(instructions.model))
+    if instructions.discriminator is None or len(instructions.discriminator) != expected:
+        given = 0 if instructions.discriminator is None else len(instructions.discriminator)
+        raise ProtocolError(
+            f"{given} discriminator parameters came for a model of {expected}: coordinator and client differ"
+        )
+    return instructions.discriminator.copy()
 
 
 def noised_gradient(

@@ -96,7 +96,7 @@ class PrivacyConfig:
         _one_of(self, "unit", PrivacyUnit)
         _between(self, ["epsilon"], 0, 1e9, open_low=True)
         _between(self, ["delta"], 0, 0.5, open_low=True)
-        _between(self, ["noise_multiplier"], 0, 1e6)
+        _between(self, ["noise_multiplier"], 0, 1e3)
         _between(self, ["max_grad_norm"], 0, 1e6, open_low=True)
         _between(self, ["sample_rate"], 0, 1, open_low=True)
         _between(self, ["expected_batch"], 0, 1e9, open_low=True)
@@ -122,7 +122,7 @@ class MomentConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, "moment_rounds", (0, 1))
-        _between(self, ["moment_noise_multiplier"], 0, 1e6, open_low=True)
+        _between(self, ["moment_noise_multiplier"], 0, 1e3, open_low=True)
         _between(self, ["moment_steps"], 0, 10**7)
         _between(self, ["moment_batch"], 2, 10**5)
         _between(self, ["moment_lr"], 0, 1, open_low=True)
