@@ -9,10 +9,10 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.discriminator import gradient_update, required_weights
+from client.discriminator import check_weights, gradient_update
 from client.moments import moment_update
 from client.policy import OwnerPolicy
-from common.errors import VisardError
+from common.errors import RoundFailed, VisardError
 from common.faces import FaceDataset, FaceOptions, load_faces
 from common.messages import DiscriminatorUpdate, RoundInstructions, Stage
 from common.privacy.ledger import Ledger
@@ -35,6 +35,9 @@ def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRan
     def train(message: Message, context: Context) -> Message:
         try:
             return Message(_answer(message.content, context, new_random), reply_to=message)
+        except RoundFailed as error:
+            log.error("round failed", exc_info=error.__cause__)
+            return Message(Error(REFUSED, type(error).__name__), reply_to=message)
         except VisardError as error:
             # The owner reads why; the coordinator learns the kind of error and nothing of the data.
             log.warning("round refused: %s: %s", type(error).__name__, error)
@@ -51,15 +54,21 @@ def _answer(content: RecordDict, context: Context, new_random: NewRandom) -> Rec
     instructions = RoundInstructions.from_record(content)
     policy.check(instructions)
     if instructions.stage is Stage.GRADIENTS:
-        required_weights(instructions)  # before anything is charged
-    update = _private_update if instructions.privacy.privacy_model is not PrivacyModel.NONE else _update
-    vector = update(policy, instructions, new_random(instructions, context))
+        check_weights(instructions)  # before anything is charged
+    ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta)
+    random = new_random(instructions, context)
+    if instructions.privacy.privacy_model is PrivacyModel.NONE:
+        ledger.note_unprotected(instructions.run_id)
+        vector = _update(policy, instructions, random)
+    else:
+        vector = _private_update(ledger, policy, instructions, random)
     return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector).to_record()
 
 
-def _private_update(policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom) -> np.ndarray:
+def _private_update(
+    ledger: Ledger, policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom
+) -> np.ndarray:
     """Charged on the disk before any face is touched; on the disk before it is sent; sent again as it was."""
-    ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta)
     run = (instructions.run_id, instructions.server_round)
     sent = ledger.charge(*run, instructions.release, instructions.plan, instructions.digest())
     if sent is not None:
@@ -71,14 +80,16 @@ def _private_update(policy: OwnerPolicy, instructions: RoundInstructions, random
 
 def _update(policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom) -> np.ndarray:
     options = FaceOptions(instructions.model.image_size, instructions.model.channels, policy.crop)
-    faces = open_faces(policy.data, options, policy.state_dir / "cache")
     compute = moment_update if instructions.stage is Stage.MOMENTS else gradient_update
-    return compute(instructions, faces, random)
+    try:
+        return compute(instructions, open_faces(policy.data, options, policy.state_dir / "cache"), random)
+    except Exception as error:
+        raise RoundFailed("the round failed at this client") from error
 
 
 @lru_cache(maxsize=1024)
 def open_faces(data: str, options: FaceOptions, cache_dir: Path) -> FaceDataset:
-    """This owner's faces, decoded once a process."""
+    """This owner's faces, decoded once a process: restart the node after taking photographs away."""
     return load_faces(data, options, cache_dir=cache_dir)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelConfig, PrivacyConfig
+from common.config import ModelConfig
 from common.device import pick_device
 from common.errors import DataError, ProtocolError
 from common.faces import FaceDataset
@@ -37,21 +37,21 @@ def gradient_update(instructions: RoundInstructions, faces: FaceDataset, random:
     do not fit.
     """
     discriminator = cached_discriminator(instructions.model)
-    set_flat(discriminator, required_weights(instructions))
+    check_weights(instructions)
+    set_flat(discriminator, np.array(instructions.discriminator))
     if instructions.local_steps == 1:
         return noised_gradient(discriminator, instructions, faces, random).numpy()
     return _local_gradient(discriminator, instructions, faces, random)
 
 
-def required_weights(instructions: RoundInstructions) -> np.ndarray:
-    """The discriminator's parameters that a gradient round carries, (d,). Raises ProtocolError where d is not the model's."""
+def check_weights(instructions: RoundInstructions) -> None:
+    """Raise ProtocolError unless a gradient round carries as many parameters as the model it names has."""
     expected = num_parameters(cached_discriminator(instructions.model))
-    if instructions.discriminator is None or len(instructions.discriminator) != expected:
-        given = 0 if instructions.discriminator is None else len(instructions.discriminator)
+    given = 0 if instructions.discriminator is None else len(instructions.discriminator)
+    if given != expected:
         raise ProtocolError(
             f"{given} discriminator parameters came for a model of {expected}: coordinator and client differ"
         )
-    return instructions.discriminator.copy()
 
 
 def noised_gradient(
@@ -59,7 +59,7 @@ def noised_gradient(
 ) -> Tensor:
     """The sum over drawn units of their clipped gradients, noised as the privacy model says: (d,) float32 on the CPU."""
     privacy, loss = instructions.privacy, LOSSES[instructions.model.loss]
-    indices, units, num_units = draw_units(faces, privacy, random)
+    indices, units, num_units = draw_units(faces, instructions, random)
     device = next(discriminator.parameters()).device
     images = faces.tensor(indices).to(device)
     labels = class_labels(faces, instructions.model, indices)
@@ -71,13 +71,16 @@ def noised_gradient(
     return add_gaussian_noise(total, privacy.noise_multiplier * privacy.max_grad_norm, random)
 
 
-def draw_units(faces: FaceDataset, privacy: PrivacyConfig, random: SecureRandom) -> tuple[np.ndarray, np.ndarray, int]:
+def draw_units(
+    faces: FaceDataset, instructions: RoundInstructions, random: SecureRandom
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Poisson-sample units at the declared rate, and at most `images_per_person` photographs of each drawn person.
 
     Returns the image indices (B,), the place 0..U-1 of each image's unit among the drawn ones (B,), contiguous, and U.
     Where few were drawn by chance, B is small, perhaps 0: it is private and stays here.
     """
-    members = faces.units(privacy.unit)
+    privacy = instructions.privacy
+    members = fitting_units(faces, instructions.model, privacy.unit)
     drawn = random.poisson_sample(len(members), privacy.sample_rate)
     limit = privacy.images_per_person if privacy.unit is PrivacyUnit.PERSON else 1
     chosen = [random.choose(members[unit], limit) for unit in drawn]
@@ -86,18 +89,27 @@ def draw_units(faces: FaceDataset, privacy: PrivacyConfig, random: SecureRandom)
     return np.concatenate(chosen), np.repeat(np.arange(len(chosen)), [len(c) for c in chosen]), len(chosen)
 
 
-def class_labels(faces: FaceDataset, model: ModelConfig, indices: np.ndarray) -> Tensor | None:
-    """Labels (B,) int64 for a conditional model, else None.
+def fitting_units(faces: FaceDataset, model: ModelConfig, unit: PrivacyUnit) -> list[np.ndarray]:
+    """The image indices of each unit, without images whose label the model does not know: these count for nothing.
 
-    Raises DataError where there are none or they do not fit.
+    An error for them would tell the coordinator of a single face. Raises DataError where no image has a label and the
+    model is conditional, or none has a person and the unit is one: that is public.
     """
+    members = faces.units(unit)
     if model.num_classes == 0:
-        return None
-    if faces.labels is None or (len(faces.labels) and int(faces.labels.max()) >= model.num_classes):
+        return members
+    if faces.labels is None:
         raise DataError(
-            f"the model is conditional on {model.num_classes} labels and these faces have "
-            f"{'none' if faces.labels is None else f'labels up to {int(faces.labels.max())}'}: set num-classes to fit, 0 for none"
+            f"the model is conditional on {model.num_classes} labels and these faces have none: set num-classes 0"
         )
+    known = (faces.labels >= 0) & (faces.labels < model.num_classes)
+    return members if known.all() else [images[known[images]] for images in members]
+
+
+def class_labels(faces: FaceDataset, model: ModelConfig, indices: np.ndarray) -> Tensor | None:
+    """Labels (B,) int64 of images for a conditional model, else None."""
+    if model.num_classes == 0 or faces.labels is None:
+        return None
     return torch.from_numpy(faces.labels[indices])
 
 

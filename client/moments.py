@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.discriminator import class_labels
+from client.discriminator import class_labels, fitting_units
 from common.device import pick_device
 from common.faces import FaceDataset
 from common.messages import RoundInstructions
@@ -29,8 +29,9 @@ def moment_update(instructions: RoundInstructions, faces: FaceDataset, random: S
     """The vector that answers a moment round: (max(num_classes, 1) * dim,) float32; see `DiscriminatorUpdate`."""
     model = instructions.model
     features = cached_features(model.image_size, model.channels, instructions.feature_seed)
+    units = [unit for unit in fitting_units(faces, model, instructions.privacy.unit) if len(unit)]
     labels = class_labels(faces, model, np.arange(len(faces)))
-    total = moment_sum(features, faces, labels, faces.units(instructions.privacy.unit), max(model.num_classes, 1))
+    total = moment_sum(features, faces, labels, units, max(model.num_classes, 1))
     if instructions.privacy.privacy_model is not PrivacyModel.LOCAL:
         return total.numpy()
     return add_gaussian_noise(total, instructions.moment_noise_multiplier, random).numpy()
@@ -59,12 +60,7 @@ def moment_sum(
         vectors = torch.zeros(pairs.shape[1], features.dim, device=device).index_add_(0, pair.to(device), phi)
         vectors /= sizes[owner, None]
         norms = torch.zeros(len(group), device=device).index_add_(0, owner, vectors.square().sum(1)).sqrt_()
-        finite = torch.isfinite(norms)
-        factor = torch.where(finite, 1.0 / norms.clamp(min=1.0), torch.zeros_like(norms))
-        # What is not finite counts for nothing: one damaged unit must not spoil, or reveal itself in, the sum.
-        total.index_add_(
-            0, pairs[1].to(device), torch.nan_to_num(vectors, posinf=0.0, neginf=0.0) * factor[owner, None]
-        )
+        total.index_add_(0, pairs[1].to(device), vectors / norms.clamp(min=1.0)[owner, None])
     return total.reshape(-1).cpu()
 
 

@@ -3,13 +3,15 @@
 It comes from the node's own configuration, never from the run's: the coordinator proposes, the owner disposes.
 """
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from flwr.app import Context
 
-from common.config import convert
+from common.config import Scalar, convert
 from common.errors import ConfigError, PrivacyError
 from common.faces.procedural import parse_source
 from common.messages import RoundInstructions
@@ -43,8 +45,13 @@ class OwnerPolicy:
         Raises ConfigError where a key is missing, unknown or out of range.
         """
         config = dict(context.node_config)
-        if "data" not in config and "partition-id" in config:
-            config = _simulated(config, context)
+        if "data" not in config and "partition-id" in config and _in_ray_worker():
+            config = simulated_owner(config, context)
+        return cls.from_config(config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Scalar]) -> Self:
+        """Parse flat keys. Raises ConfigError where one is missing, unknown or out of range."""
         missing = {"data", "state-dir", "max-epsilon"} - set(config)
         if missing:
             raise ConfigError(
@@ -89,12 +96,18 @@ class OwnerPolicy:
             raise PrivacyError(f"the coordinator would protect one {unit} only; this owner asks for unit {self.unit}")
 
 
-def _simulated(config: dict[str, bool | int | float | str], context: Context) -> dict[str, bool | int | float | str]:
+def _in_ray_worker() -> bool:
+    """Whether this process is a worker of Flower's simulation engine, which no SuperNode or node of ours ever is."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def simulated_owner(config: Mapping[str, Scalar], context: Context) -> dict[str, Scalar]:
     """A simulated node's share: its own procedural persons, or its own folder where `data` has the placeholder
     {client}.
 
-    Only a node of Flower's simulation engine gets here: a real node's configuration is written by its owner and names
-    its data.
+    Only a worker of Flower's simulation engine gets here, where coordinator and owner are one: at a real node the run's
+    configuration names neither data nor budget.
     """
     run, client, clients = context.run_config, int(config["partition-id"]), int(config["num-partitions"])
     data = str(run["data"])

@@ -97,7 +97,8 @@ class PrivacyConfig:
         _between(self, ["epsilon"], 0, 1e9, open_low=True)
         _between(self, ["delta"], 0, 0.5, open_low=True)
         _between(self, ["noise_multiplier"], 0, 1e3)
-        _between(self, ["max_grad_norm"], 0, 1e6, open_low=True)
+        # Below, the squares of gradients would vanish in float32, and with them the clipping.
+        _between(self, ["max_grad_norm"], 1e-3, 1e6)
         _between(self, ["sample_rate"], 0, 1, open_low=True)
         _between(self, ["expected_batch"], 0, 1e9, open_low=True)
         _between(self, ["images_per_person"], 1, 1000)
@@ -190,6 +191,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         private = self.privacy.privacy_model is not PrivacyModel.NONE
+        _require(
+            not private or self.privacy.unit is not PrivacyUnit.PERSON or self.simulation.partitioner != "iid",
+            "partitioner = iid with unit person: a person would be at several clients, and each would spend the whole epsilon on "
+            "them; use partitioner person, or unit image",
+        )
         _require(
             self.training.local_steps == 1 or self.privacy.privacy_model is not PrivacyModel.CENTRAL,
             f"local-steps = {self.training.local_steps} under privacy-model central: a client's weights after several steps "

@@ -8,7 +8,8 @@
     |   `-- LedgerCorrupt      the ledger on disk cannot be trusted
     |-- ProtocolError          a message that does not fit the round
     |   |-- MalformedUpdate    wrong keys, shapes, dtypes or values
-    |   `-- CohortTooSmall     fewer clients answered than the round needs
+    |   |-- CohortTooSmall     fewer clients answered than the round needs
+    |   `-- RoundFailed        a client could not compute its answer; only its owner reads why
     `-- CheckpointError        a run's saved state cannot be read or written
 
 Every message gives the value, the limit and the remedy. What a client sends back is the class name alone: never a path,
@@ -50,6 +51,10 @@ class MalformedUpdate(ProtocolError):
 
 class CohortTooSmall(ProtocolError):
     """Fewer clients answered in time than the round needs."""
+
+
+class RoundFailed(ProtocolError):
+    """A client could not compute its answer. One name for every cause: after the charge the cause may depend on faces."""
 
 
 class CheckpointError(VisardError):

@@ -1,12 +1,12 @@
 """The coordinator's Flower app: parse, build, call `coordinate`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import RunConfig
+from common.config import RunConfig, Scalar
 from common.errors import ConfigError
 from common.privacy.planner import with_noise
 from server.checkpoint import CheckpointStore, CoordinatorState
@@ -14,6 +14,9 @@ from server.coordinator import Observer, coordinate
 from server.exchange import Exchange
 from server.progress import PlainProgress
 from server.records import RunRecorder
+
+# What a run may do otherwise when it is resumed: neither its promise nor its result depends on it.
+CHANGEABLE = ("min-clients", "round-timeout-s", "sample-every")
 
 app = ServerApp()
 
@@ -27,14 +30,24 @@ def main(grid: Grid, context: Context) -> None:
     print(f"pictures and the generator are in {picture.parent.parent}")
 
 
-def open_run(directory: Path, config: RunConfig | None) -> CoordinatorState:
-    """A fresh state for `config` with its noise calibrated, or for None the state of the interrupted run in
-    `directory`.
+def open_run(
+    directory: Path, config: RunConfig | None, changes: Mapping[str, Scalar] | None = None
+) -> CoordinatorState:
+    """A fresh state for `config`, its noise calibrated, or for None the state of the interrupted run in `directory`.
 
-    Raises ConfigError where a fresh run would overwrite another, CheckpointError where there is nothing to resume.
+    changes: options of a resumed run that may be given anew, CHANGEABLE only. Raises ConfigError for others and where a
+    fresh run would overwrite another, CheckpointError where there is nothing to resume.
     """
     if config is None:
-        return CheckpointStore(directory).load()
+        fixed = set(changes or {}) - set(CHANGEABLE)
+        if fixed:
+            raise ConfigError(
+                f"a resumed run keeps its configuration, but for {', '.join(CHANGEABLE)}: leave out "
+                f"--{', --'.join(sorted(fixed))}, or start a new run"
+            )
+        state = CheckpointStore(directory).load()
+        state.config = RunConfig.from_flat({**state.config.to_flat(), **(changes or {})})
+        return state
     if CheckpointStore(directory).path.exists():
         raise ConfigError(f"{directory} holds a run already: continue it with --resume, or give another --name")
     return CoordinatorState.fresh(with_noise(config))

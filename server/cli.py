@@ -1,6 +1,5 @@
 """`visard coordinator start`. What is slow to import is imported when it is used."""
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +10,13 @@ from rich.console import Console
 from rich.panel import Panel
 
 from common.config import RunConfig, Scalar
-from common.errors import ConfigError
 from common.options import with_run_options
+from common.privacy.units import PrivacyModel
+from server.summary import RUNS_DIR, closing_table, run_directory, stopped
 
 console = Console()
+
+_ADDRESS = "127.0.0.1:9092"
 
 LoadRecipe = Callable[[str, Mapping[str, Scalar]], RunConfig]
 
@@ -24,10 +26,10 @@ def start_command(load_recipe: LoadRecipe) -> Callable[..., None]:
 
     def start(
         recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a path to a .toml")] = "demo",
-        address: Annotated[str, typer.Option(help="HOST:PORT to listen on, loopback only")] = "127.0.0.1:9092",
+        address: Annotated[str, typer.Option(help="HOST:PORT to listen on, loopback only")] = _ADDRESS,
         name: Annotated[str | None, typer.Option(help="Name of the run's folder [the recipe's]")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run")] = False,
-        runs_dir: Annotated[Path, typer.Option(help="Folder of all runs")] = Path("runs"),
+        runs_dir: Annotated[Path, typer.Option(help="Folder of all runs")] = RUNS_DIR,
         overrides: dict[str, Any] | None = None,
     ) -> None:
         """Train with the clients that connect (`visard client start`), each a process of its own with its own faces.
@@ -37,22 +39,19 @@ def start_command(load_recipe: LoadRecipe) -> Callable[..., None]:
         TLS, node keys and supervision are a later addition: until then it listens on loopback only, and all processes are on this
         machine.
         """
-        directory = runs_dir / _checked(name or Path(recipe).stem)
-        if resume and overrides:
-            raise ConfigError(
-                f"a resumed run keeps its configuration: leave out --{', --'.join(overrides)}, or start a new run"
-            )
+        directory = run_directory(runs_dir, Path(recipe).stem if name is None else name)
         config = None if resume else load_recipe(recipe, overrides or {})
         with console.status("starting"):
+            from common.privacy.planner import promise
             from server.app import open_run, run
-            from server.coordinator import describe
             from server.progress import PlainProgress, ProgressBar
             from server.superlink import superlink_grid
 
-            state = open_run(directory, config)
-        promise = describe(state.config)
+            state = open_run(directory, config, overrides or {})
+        promised = promise(state.config)
+        private = state.config.privacy.privacy_model is not PrivacyModel.NONE
         console.print(
-            Panel(f"[bold]{promise}[/]", style="white on red") if promise.startswith("NO PRIVACY") else promise,
+            promised if private else Panel(f"[bold]{promised}[/]", style="white on red"),
             highlight=False,
         )
         try:
@@ -69,19 +68,10 @@ def start_command(load_recipe: LoadRecipe) -> Callable[..., None]:
                 else:
                     picture = run(grid, state, directory, [PlainProgress()])
         except KeyboardInterrupt:
-            console.print(
-                f"\nstopped; nothing is lost. Go on with: visard coordinator start --name {directory.name} --resume",
-                highlight=False,
-            )
+            command = ["visard", "coordinator", "start"] + (["--address", address] if address != _ADDRESS else [])
+            console.print(stopped(directory, command), highlight=False, markup=False, soft_wrap=True)
             sys.exit(130)
-        console.print(
-            f"done\nfaces: {picture}\nmore:  visard generate {directory} -n 64", highlight=False, soft_wrap=True
-        )
+        console.print(closing_table(state, directory))
+        console.print(f"faces: {picture}\nmore:  visard generate {directory} -n 64", highlight=False, soft_wrap=True)
 
     return with_run_options(start, ("model", "privacy", "moments", "training"))
-
-
-def _checked(name: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise ConfigError(f"--name {name!r}: letters, digits, '-', '_' and '.' only, not beginning with '.'")
-    return name

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-from common.config import RunConfig
 from common.device import pick_device
 from common.gradients import fake_mean, to_uint8
 from common.messages import RoundInstructions, Stage
@@ -183,15 +182,3 @@ def fit_moments(
             saved = time.monotonic()
         for observer in observers:
             observer.fit_stepped(state)
-
-
-def describe(config: RunConfig) -> str:
-    """One line for people: what is promised to whom, and against whom."""
-    privacy = config.privacy
-    if privacy.privacy_model is PrivacyModel.NONE:
-        return "NO PRIVACY: gradients of faces are shared as they are. For public data only."
-    trust = {
-        PrivacyModel.LOCAL: "against the coordinator and everyone else",
-        PrivacyModel.CENTRAL: "against whoever sees what the coordinator releases; the coordinator is trusted",
-    }[privacy.privacy_model]
-    return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each {privacy.unit}, {trust}"

@@ -25,14 +25,13 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.005, 0.1
 class Exchange:
     """The coordinator's end of the wire.
 
-    After a round: `asked` are the nodes that were asked, `refusals` counts the errors by kind, `bytes_down` and
+    After a round: `refusals` counts the errors by kind, `bytes_down` and
     `bytes_up` are the array bytes sent and received.
     """
 
     def __init__(self, grid: Grid, training: TrainingConfig) -> None:
         self._grid = grid
         self._training = training
-        self.asked: list[int] = []
         self.refusals: Counter[str] = Counter()
         self.bytes_down = self.bytes_up = 0
 
@@ -44,7 +43,7 @@ class Exchange:
             if time.monotonic() > deadline:
                 raise CohortTooSmall(
                     f"{len(nodes)} clients are connected after {self._training.round_timeout_s:g} s and min-clients is {wanted}: "
-                    "start more clients, or lower min-clients, then --resume"
+                    "start more clients and --resume, also with a smaller --min-clients"
                 )
             if not told:
                 log.info("waiting for %d clients, %d connected", wanted, len(nodes))
@@ -68,7 +67,7 @@ class Exchange:
             )
             for node in nodes
         ]
-        self.asked, self.refusals = nodes, Counter()
+        self.refusals = Counter()
         self.bytes_down, self.bytes_up = len(nodes) * instructions.num_bytes, 0
         answered = 0
         for reply in self._replies(messages, time.monotonic() + timeout_s):
@@ -88,7 +87,7 @@ class Exchange:
             reasons = ", ".join(f"{count} x {kind}" for kind, count in self.refusals.items()) or "no answer in time"
             raise CohortTooSmall(
                 f"round {instructions.server_round}: {answered} of {len(nodes)} clients gave an update ({reasons}) and min-clients is "
-                f"{self._training.min_clients}. The clients' logs say why; --resume goes on from this round"
+                f"{self._training.min_clients}. The clients' logs say why; --resume goes on from here, also with a smaller --min-clients"
             )
 
     def _replies(self, messages: list[Message], deadline: float) -> Iterator[Message]:

@@ -2,7 +2,7 @@
 
 config.toml             the configuration as resolved
 rounds.jsonl            one line a round: functions of noisy updates, fakes and public data only
-events.out.tfevents.*   the same for TensorBoard
+tensorboard/            the same for TensorBoard: moments/ by generator step, rounds/ by round
 samples/*.png           the generator's moving average on fixed latents
 generator.safetensors   its weights; generator.json, its card
 checkpoint.safetensors  the coordinator's state
@@ -10,6 +10,7 @@ checkpoint.safetensors  the coordinator's state
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from common.gradients import to_uint8
 from common.messages import planned_releases
 from common.pictures import save_grid
 from common.privacy.accounting import epsilon_of
+from common.privacy.planner import promise
 from common.privacy.units import PrivacyModel
 from server.checkpoint import CoordinatorState
-from server.coordinator import describe
 from server.generator import draw_latents
 
 # Generator steps between two pictures, and two TensorBoard entries, of the moment stage.
@@ -45,10 +46,13 @@ class RunRecorder:
         self._lines = directory / "rounds.jsonl"
         (directory / "samples").mkdir(parents=True, exist_ok=True)
         write_atomically(directory / "config.toml", tomli_w.dumps(state.config.to_flat()).encode())
-        _drop_rounds_from(self._lines, state.next_round)
-        if state.last.get("round") == state.next_round - 1 and not _has_round(self._lines, state.next_round - 1):
+        kept = _drop_rounds_from(self._lines, state.next_round)
+        if state.last.get("round") == state.next_round - 1 and state.next_round - 1 not in kept:
             self._write_line(state)
-        self._board = SummaryWriter(str(directory), purge_step=state.next_round)
+        # Two, since each counts steps of its own, from which on the events of an interrupted run are void.
+        board = directory / "tensorboard"
+        self._moments = SummaryWriter(str(board / "moments"), purge_step=state.generator_steps + 1)
+        self._rounds = SummaryWriter(str(board / "rounds"), purge_step=state.next_round)
         latents = torch.Generator().manual_seed(state.config.training.seed + 1)
         count = _SAMPLES if state.config.model.num_classes == 0 else 8 * state.config.model.num_classes
         self._latents, self._labels = draw_latents(state.config, count, latents)
@@ -56,14 +60,14 @@ class RunRecorder:
     def fit_stepped(self, state: CoordinatorState) -> None:
         """Record and picture the moment stage now and then."""
         if state.generator_steps % _FIT_RECORD_STEPS == 0 or not state.fitting:
-            self._scalars("moments/", state.last, state.generator_steps)
+            _scalars(self._moments, "moments/", state.last, state.generator_steps)
         if state.generator_steps % _FIT_SAMPLE_STEPS == 0 or not state.fitting:
             self.picture(state, f"moments-{state.generator_steps:06d}")
 
     def round_ended(self, state: CoordinatorState) -> None:
         """Write the round's line, and a picture now and then."""
         self._write_line(state)
-        self._scalars("rounds/", state.last, state.next_round - 1)
+        _scalars(self._rounds, "rounds/", state.last, state.next_round - 1)
         server_round = state.next_round - 1
         if server_round % state.config.training.sample_every == 0 or server_round == state.last_round:
             self.picture(state, f"round-{server_round:06d}")
@@ -84,28 +88,44 @@ class RunRecorder:
         write_atomically(self.directory / "generator.safetensors", save(weights))
         card = json.dumps(card_of(state), indent=2) + "\n"
         write_atomically(self.directory / "generator.json", card.encode())
-        self._board.close()
+        self._moments.close()
+        self._rounds.close()
         return self.picture(state, "final")
 
     def _write_line(self, state: CoordinatorState) -> None:
-        line = {**state.last, "epsilon": epsilon_by_node(state)}
+        line = {**state.last, "epsilon": epsilon_so_far(state), "epsilon_by_node": epsilon_by_node(state)}
         with self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _scalars(self, prefix: str, figures: dict[str, Any], step: int) -> None:
-        for name, value in figures.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(prefix + name, value, step)
+
+def _scalars(board: SummaryWriter, prefix: str, figures: dict[str, Any], step: int) -> None:
+    for name, value in figures.items():
+        if isinstance(value, float) and math.isfinite(value):
+            board.add_scalar(prefix + name, value, step)
+    board.flush()  # what is still in its queue when the process ends would be missing after a resume
 
 
 def epsilon_by_node(state: CoordinatorState) -> dict[str, float]:
-    """Epsilon of what each node was asked so far, by RDP: an upper bound on what its own ledger holds for this run."""
-    config = state.config
-    cost: dict[tuple[int, int], float] = {}
-    for moments, steps in {(m, s) for m, s in state.charged.values()}:
-        releases = planned_releases(config.privacy, moments, config.moments.moment_noise_multiplier, steps)
-        cost[moments, steps] = math.ceil(1e4 * epsilon_of(releases, config.privacy.delta)) / 1e4
+    """Epsilon, by RDP, of what each node was asked under its present id; a node that reconnects gets another id."""
+    cost = {charged: _epsilon(state, *charged) for charged in {(m, s) for m, s in state.charged.values()}}
     return {node: cost[charged[0], charged[1]] for node, charged in state.charged.items()}
+
+
+def epsilon_so_far(state: CoordinatorState) -> float | None:
+    """Epsilon, by RDP, of all rounds so far: a bound for every client, however often it reconnected. None without privacy."""
+    config = state.config
+    if config.privacy.privacy_model is PrivacyModel.NONE:
+        return None
+    done = state.next_round - 1
+    moments = min(done, config.moments.moment_rounds)
+    return _epsilon(state, moments, (done - moments) * config.training.local_steps)
+
+
+def _epsilon(state: CoordinatorState, moments: int, steps: int) -> float:
+    """Rounded up to four digits."""
+    config = state.config
+    releases = planned_releases(config.privacy, moments, config.moments.moment_noise_multiplier, steps)
+    return math.ceil(1e4 * epsilon_of(releases, config.privacy.delta)) / 1e4
 
 
 def card_of(state: CoordinatorState) -> dict[str, Any]:
@@ -115,8 +135,8 @@ def card_of(state: CoordinatorState) -> dict[str, Any]:
         "format": "visard-generator-1",
         "images": "synthetic",
         "run_id": state.run_id,
-        "privacy": describe(state.config),
-        "epsilon_spent": max(epsilon_by_node(state).values(), default=0.0) if private else None,
+        "privacy": promise(state.config),
+        "epsilon_spent": epsilon_so_far(state),
         "delta": state.config.privacy.delta if private else None,
         "rounds": state.next_round - 1,
         "generator_steps": state.generator_steps,
@@ -129,14 +149,15 @@ def _without_places(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_flat().items() if key != "data"}
 
 
-def _drop_rounds_from(path: Path, next_round: int) -> None:
+def _drop_rounds_from(path: Path, next_round: int) -> set[int]:
+    """Keep the whole lines of earlier rounds, and drop all others. Returns the rounds kept."""
     if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] < next_round]
-    write_atomically(path, "".join(kept).encode())
-
-
-def _has_round(path: Path, server_round: int) -> bool:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return any(json.loads(line)["round"] == server_round for line in lines)
+        return set()
+    kept = {}
+    for line in path.read_bytes().splitlines(keepends=True):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
+            server_round = json.loads(line)["round"]
+            if line.endswith(b"\n") and server_round < next_round:
+                kept[server_round] = line
+    write_atomically(path, b"".join(kept.values()))
+    return set(kept)

@@ -1,9 +1,11 @@
 """A whole federation on one machine: deal out the faces, run the unmodified apps, keep what comes of it."""
 
+import fcntl
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from flwr.app import UserConfigValue
 from flwr.clientapp import ClientApp
 
 from client.app import app as shipped_client_app
-from common.config import RunConfig
+from common.config import RunConfig, Scalar
 from common.errors import DataError
 from common.faces import FaceDataset, FaceOptions, load_faces
 from common.privacy.accounting import tight_epsilon_of
@@ -35,9 +37,11 @@ class Outcome:
     ledgers: list[tuple[float, float]]
 
 
-def prepare(directory: Path, config: RunConfig | None) -> tuple[CoordinatorState, FaceDataset]:
-    """The run's state, and all its faces. `config` None resumes. Raises ConfigError, CheckpointError or DataError."""
-    state = open_run(directory, config)
+def prepare(
+    directory: Path, config: RunConfig | None, changes: Mapping[str, Scalar] | None = None
+) -> tuple[CoordinatorState, FaceDataset]:
+    """The run's state, and all its faces. `config` None resumes, with `changes`. Raises ConfigError, CheckpointError or DataError."""
+    state = open_run(directory, config, changes)
     return state, load_simulated_faces(state.config)
 
 
@@ -57,10 +61,11 @@ def simulate(
     """Train to the end. Each simulated client is an ordinary one: own faces, own policy, own ledger under the run's
     folder.
     """
+    owners = directory.absolute() / "clients"
     with dealt_out(faces, state.config) as files:
-        node_configs = [owner_config(state.config, file, directory / "clients" / file.stem) for file in files]
+        node_configs = [owner_config(state.config, file, owners / file.stem) for file in files]
         picture = run(InProcessGrid(client_app, node_configs), state, directory, observers)
-    return Outcome(state, picture, read_ledgers(directory, state.config))
+    return Outcome(state, picture, close_ledgers(directory, state.config))
 
 
 @contextmanager
@@ -68,12 +73,30 @@ def dealt_out(faces: FaceDataset, config: RunConfig) -> Iterator[list[Path]]:
     """Files with each client's share, gone when the context ends: copies of faces do not stay in the run's folder."""
     simulation = config.simulation
     shares = partition(faces, simulation.num_clients, simulation.partitioner, config.training.seed)
-    root = cache_folder()
-    with tempfile.TemporaryDirectory(prefix="clients-", dir=root) as folder:
-        files = [Path(folder) / f"{client:04d}.npz" for client in range(len(shares))]
+    with _own_folder(cache_folder()) as folder:
+        files = [folder / f"{client:04d}.npz" for client in range(len(shares))]
         for file, share in zip(files, shares, strict=True):
             faces.subset(share).save(file)
         yield files
+
+
+@contextmanager
+def _own_folder(root: Path) -> Iterator[Path]:
+    """A folder that is gone when the context ends or, where its process is killed, when the next simulation begins.
+
+    A lock in it says that its process runs: the process id in its name may be another's by then, or be of another
+    container.
+    """
+    with ExitStack() as stack:
+        with (root / "clients.lock").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # nobody takes a folder that is being made for one left behind
+            for left in root.glob("clients-*"):
+                with suppress(OSError), (left / "running").open("w") as running:
+                    fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"clients-{os.getpid()}-", dir=root))
+            fcntl.flock(stack.enter_context((Path(name) / "running").open("w")), fcntl.LOCK_EX)
+        yield Path(name)
 
 
 def owner_config(config: RunConfig, data: Path, state_dir: Path) -> dict[str, UserConfigValue]:
@@ -91,9 +114,11 @@ def owner_config(config: RunConfig, data: Path, state_dir: Path) -> dict[str, Us
     }
 
 
-def read_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
-    """Epsilon that each simulated client's own ledger holds, and the same releases by PRV; none in a run without
-    privacy."""
+def close_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
+    """Epsilon that each simulated client's own ledger holds, and the same releases by PRV; none in a run without privacy.
+
+    Deletes the replies kept for sending again: under `central` they are clear sums, and a run's folder is passed on.
+    """
     privacy = config.privacy
     if privacy.privacy_model is PrivacyModel.NONE:
         return []
@@ -101,6 +126,7 @@ def read_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]
     tight: dict[tuple[object, ...], float] = {}
     for client in sorted((directory / "clients").iterdir()):
         ledger = Ledger(client, max_epsilon=privacy.epsilon, delta=privacy.delta)
+        ledger.forget_reply()
         releases = tuple(sorted(ledger.releases))
         if releases not in tight:
             tight[releases] = tight_epsilon_of(releases, privacy.delta)
@@ -117,7 +143,7 @@ def declared_against_held(config: RunConfig, faces: FaceDataset) -> str | None:
         return None
     return (
         f"expected-batch {config.privacy.expected_batch:g} at sample-rate {config.privacy.sample_rate:g} declares {declared:.0f} units "
-        f"a client; the simulated clients hold {held:.0f} on average. To match: --expected-batch {config.privacy.sample_rate * held:.3g}"
+        f"a client, which is more than a fifth {'above' if declared > held else 'below'} what the simulated clients hold"
     )
 
 

@@ -1,7 +1,8 @@
 """One door to every source of faces, and a private cache of what came through it.
 
-The cache holds photographs, small ones: its folder is for the owner alone (0700), and when a source has changed, the
-older copy is deleted, so that a photograph taken out of the source does not live on there.
+The cache holds photographs, small ones: its folder is for the owner alone (0700). When a source is loaded that has
+changed, all copies of how it was are deleted, at whatever size they were made, so that a photograph taken out of the
+source does not live on there.
 """
 
 import hashlib
@@ -51,15 +52,19 @@ def load_faces(
     if path.suffix == ".npz":
         _only_train(source, split)
         return _load_npz(path, options)
-    if not path.is_dir():
-        raise DataError(f"{path} is no folder, no .npz file and does not begin with {SCHEME!r}: check the path")
     identity = [str(path), split]
-    pair = find_idx(path, split)
-    if pair is not None:
-        state = [PREPROCESSING_VERSION, *_states(pair)]
-        return _cached(cache_dir, options, identity, state, lambda: load_idx(*pair, options))
-    _only_train(source, split)
-    listing = list_faces(path)
+    try:
+        if not path.is_dir():
+            raise DataError(f"{path} is no folder, no .npz file and does not begin with {SCHEME!r}: check the path")
+        pair = find_idx(path, split)
+        if pair is not None:
+            state = [PREPROCESSING_VERSION, *_states(pair)]
+            return _cached(cache_dir, options, identity, state, lambda: load_idx(*pair, options))
+        _only_train(source, split)
+        listing = list_faces(path)
+    except DataError:
+        _forget(cache_dir, _hash(identity))  # nothing is left there that can be used
+        raise
     state = [PREPROCESSING_VERSION, *(_states(files) for files in listing.groups)]
     return _cached(cache_dir, options, identity, state, lambda: load_folder(listing, options))
 
@@ -98,11 +103,12 @@ def _cached(
     state: Sequence[object],
     read: Callable[[], FaceDataset],
 ) -> FaceDataset:
-    """What `read` gives, from the cache where that has it. The file's name is hash(identity, options)-hash(state)."""
+    """What `read` gives, from the cache where that has it. The file's name is hash(identity)-hash(state)-hash(options)."""
     if cache_dir is None:
         return read()
-    name = _hash([*identity, asdict(options)])
-    path = cache_dir / f"{name}-{_hash(state)}.npz"
+    source, present = _hash(identity), _hash(state)
+    _forget(cache_dir, source, f"{source}-{present}-")
+    path = cache_dir / f"{source}-{present}-{_hash([asdict(options)])}.npz"
     if path.exists():
         try:
             return FaceDataset.load(path)
@@ -111,11 +117,16 @@ def _cached(
     faces = read()
     cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     cache_dir.chmod(0o700)
-    for old in cache_dir.glob(f"{name}-*.npz"):
-        old.unlink(missing_ok=True)
     faces.save(path)
     path.chmod(0o600)
     return faces
+
+
+def _forget(cache_dir: Path | None, source: str, but: str | None = None) -> None:
+    """Delete the copies of a source, half-written ones too, except those with `but` in their name."""
+    for old in cache_dir.glob(f"*{source}-*") if cache_dir is not None else ():
+        if but is None or but not in old.name:
+            old.unlink(missing_ok=True)
 
 
 def _hash(parts: Sequence[object]) -> str:

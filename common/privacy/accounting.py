@@ -77,9 +77,15 @@ def epsilon_of(releases: Iterable[Release], delta: float) -> float:
     return float(epsilon_at_orders(rdp_of(releases), delta).min())
 
 
-def best_order(releases: Iterable[Release], delta: float) -> int:
-    """Index into ORDERS of the order that proves the smallest epsilon for these releases."""
-    return int(epsilon_at_orders(rdp_of(releases), delta).argmin())
+def filter_order(releases: Iterable[Release], max_epsilon: float, delta: float) -> int:
+    """Index into ORDERS of the order at which these releases could be repeated most often within `max_epsilon`.
+
+    For a schedule that uses up the budget it is the order that proves the smallest epsilon; a small first run does not
+    tie its ledger to an order at which larger ones cost too much.
+    """
+    rdp = rdp_of(releases)
+    fixed_cost = epsilon_at_orders(np.full(len(ORDERS), 1e-300), delta)
+    return int(((max_epsilon - fixed_cost) / np.maximum(rdp, 1e-300)).argmax())
 
 
 def tight_epsilon_of(releases: Iterable[Release], delta: float) -> float:

@@ -6,6 +6,7 @@ An append-only file of JSON lines, flushed to the disk line by line:
     {"type": "charged", "run": ..., "round": 7, "mechanism": "gradients", "noise_multiplier": ..., "sample_rate": ..., "steps": 1,
      "instructions": SHA-256 of what was asked}
     {"type": "released", "run": ..., "round": 7, "reply": SHA-256 of what was answered}
+    {"type": "unprotected", "run": ...}    a run that the owner allowed to see these faces without any privacy
 
 Claim: whatever is asked, in whatever order and after whatever crash, the releases charged here are together
 (max_epsilon, delta) differentially private under adding or removing one unit. The RDP order is chosen at the first
@@ -18,6 +19,7 @@ are sent again and nothing else. There is no refund.
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import BudgetExhausted, LedgerCorrupt, PrivacyError
-from common.files import write_atomically
-from common.privacy.accounting import MECHANISMS, ORDERS, Release, best_order, epsilon_at_orders, rdp_of
+from common.errors import BudgetExhausted, ConfigError, LedgerCorrupt, PrivacyError
+from common.files import flush_folder, write_atomically
+from common.privacy.accounting import MECHANISMS, ORDERS, Release, epsilon_at_orders, filter_order, rdp_of
 
 
 class Ledger:
@@ -39,17 +41,20 @@ class Ledger:
 
     def __init__(self, directory: Path, *, max_epsilon: float, delta: float) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o700)  # a reply under `central` is a clear sum
         self._path = directory / "ledger.jsonl"
         self._reply_path = directory / "released.bin"
         self._max_epsilon = max_epsilon
         self._delta = delta
         self._forget()
         with self._locked():
-            pass
+            flush_folder(directory)
 
     @property
     def epsilon(self) -> float:
         """What was spent, at the ledger's fixed RDP order: the bound on which refusal rests."""
+        if self._unprotected:
+            return math.inf
         if self._order is None:
             return 0.0
         return float(epsilon_at_orders(self._rdp, self._delta)[self._order])
@@ -64,7 +69,7 @@ class Ledger:
     ) -> bytes | None:
         """Charge a round before its data is touched.
 
-        `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order. `instructions`: their
+        `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order; it binds nobody. `instructions`: their
         digest. Returns None where the round is to be computed, or the very bytes to send again where it was answered
         before. Raises BudgetExhausted before anything is written where max_epsilon would be passed, and PrivacyError
         where a round number comes back with other instructions.
@@ -73,7 +78,14 @@ class Ledger:
             known = self._charged.get((run_id, server_round))
             if known is not None:
                 return self._repeat(run_id, server_round, known, instructions)
-            order = best_order(plan, self._delta) if self._order is None else self._order
+            if self._unprotected:
+                raise BudgetExhausted(
+                    f"these faces were given to run {self._unprotected} without any privacy, so no epsilon holds for them: "
+                    "private runs need other faces"
+                )
+            order = self._order
+            if order is None:
+                order = filter_order(plan or [release], self._max_epsilon, self._delta)
             rdp = self._rdp + rdp_of([release])
             epsilon = float(epsilon_at_orders(rdp, self._delta)[order])
             if not epsilon <= self._max_epsilon:
@@ -96,6 +108,16 @@ class Ledger:
                 }
             )
             return None
+
+    def note_unprotected(self, run_id: str) -> None:
+        """Write down, before it happens, that a run gets these faces without privacy. From then on epsilon is infinite."""
+        with self._locked():
+            if not self._unprotected:
+                self._append({"type": "unprotected", "run": run_id})
+
+    def forget_reply(self) -> None:
+        """Delete the last reply, where nobody can ask for it again."""
+        self._reply_path.unlink(missing_ok=True)
 
     def release(self, run_id: str, server_round: int, reply: bytes) -> None:
         """Put the noised reply on the disk and note its hash: from here on this round is answered with these bytes
@@ -128,12 +150,18 @@ class Ledger:
         with self._path.open("a+b") as self._file:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             size = os.fstat(self._file.fileno()).st_size
+            if size < self._size:
+                raise LedgerCorrupt(
+                    f"{self._path} has shrunk from {self._size} to {size} bytes: this client trains no more until its owner "
+                    "restores the ledger"
+                )
             if size != self._size:
                 self._reload()
             yield
 
     def _forget(self) -> None:
         self._size = 0
+        self._unprotected = ""
         self._order: int | None = None
         self._rdp = np.zeros(len(ORDERS))
         self._releases: list[Release] = []
@@ -169,12 +197,18 @@ class Ledger:
 
     def _take_in(self, record: dict[str, Any]) -> None:
         kind = record["type"]
+        if kind == "unprotected":
+            self._unprotected = str(record["run"])
+            return
         if (kind == "opened") != (self._order is None):
             raise ValueError("the order is not fixed first, and once")
         if kind == "opened":
             self._order = ORDERS.index(record["order"])
             if record["delta"] != self._delta:
-                raise ValueError(f"opened for delta {record['delta']:g}, and the policy says {self._delta:g}")
+                raise ConfigError(
+                    f"this ledger was opened for delta {record['delta']:g} and the policy says {self._delta:g}: a ledger keeps its "
+                    f"delta; give {record['delta']:g}"
+                )
             return
         key = (str(record["run"]), int(record["round"]))
         if kind == "charged":

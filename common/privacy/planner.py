@@ -45,3 +45,15 @@ def with_noise(config: RunConfig) -> RunConfig:
             f"budget {privacy.epsilon:g}: raise it, or epsilon, or give 0 to have it calibrated"
         )
     return config
+
+
+def promise(config: RunConfig) -> str:
+    """One line for people: what is promised to whom, and against whom."""
+    privacy = config.privacy
+    if privacy.privacy_model is PrivacyModel.NONE:
+        return "NO PRIVACY: gradients of faces are shared as they are. For public data only."
+    trust = {
+        PrivacyModel.LOCAL: "against the coordinator and everyone else",
+        PrivacyModel.CENTRAL: "against whoever sees what the coordinator releases; the coordinator is trusted",
+    }[privacy.privacy_model]
+    return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each {privacy.unit}, {trust}"

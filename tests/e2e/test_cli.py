@@ -1,18 +1,33 @@
 """The `visard` command as a person meets it: files promised, errors in one line, nothing overwritten."""
 
+import contextlib
 import json
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import server.app
+import server.superlink
+import simulations.simulate
 import visard
+from client.app import app
 from common.config import RunConfig, load_toml
-from tests.support import random_faces
+from server.checkpoint import CoordinatorState
+from server.progress import PlainProgress
+from simulations.engine import InProcessGrid
+from simulations.simulate import dealt_out
+from tests.support import node_configs, random_faces, tiny_config
 
 TINY = {
     "data": "procedural:persons=12,images=2",
@@ -88,8 +103,8 @@ def test_a_run_leaves_what_it_promises_and_is_never_overwritten(run: Terminal, t
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in rounds] == [1, 2, 3, 4, 5]
     assert [line["stage"] for line in rounds] == ["moments"] + ["gradients"] * 4
-    assert all(set(line["epsilon"]) == {"2", "3", "4"} and line["refusals"] == {} for line in rounds)
-    assert max(rounds[-1]["epsilon"].values()) <= 10.0
+    assert all(set(line["epsilon_by_node"]) == {"2", "3", "4"} and line["refusals"] == {} for line in rounds)
+    assert max(rounds[-1]["epsilon"], *rounds[-1]["epsilon_by_node"].values()) <= 10.0
     names = {path.name for path in (folder / "samples").iterdir()}
     assert names == {"moments-000020.png", "round-000002.png", "round-000004.png", "round-000005.png", "final.png"}
     assert size_of(folder / "samples" / "final.png") == (8 * 57 - 1, 8 * 57 - 1)
@@ -102,9 +117,9 @@ def test_a_run_leaves_what_it_promises_and_is_never_overwritten(run: Terminal, t
     # Copies of faces do not stay behind.
     assert not [path for path in folder.rglob("*.npz") if "cache" not in path.parts]
 
-    board = EventAccumulator(str(folder)).Reload()
+    moments, board = (EventAccumulator(str(folder / "tensorboard" / kind)).Reload() for kind in ("moments", "rounds"))
+    assert [event.step for event in moments.Scalars("moments/moment_loss")] == [10, 20]
     assert [event.step for event in board.Scalars("rounds/update_norm")] == [1, 2, 3, 4, 5]
-    assert [event.step for event in board.Scalars("moments/moment_loss")] == [10, 20]
     assert [event.step for event in board.Scalars("rounds/fake_accuracy")] == [2, 3, 4, 5]
 
     content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -134,6 +149,124 @@ def test_a_run_leaves_what_it_promises_and_is_never_overwritten(run: Terminal, t
     assert_one_line(run("generate", folder), "CheckpointError", "no finished generator")
 
 
+class Stop:
+    """Presses Ctrl-C when round 2 has ended, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.armed = True
+        monkeypatch.setattr(PlainProgress, "round_ended", self)
+
+    def __call__(self, state: CoordinatorState) -> None:
+        if self.armed and state.next_round == 3:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def coordinator(run: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """`visard coordinator start` with clients in this process in the place of connected ones."""
+
+    @contextlib.contextmanager
+    def grid(_address: str, directory: Path) -> Iterator[InProcessGrid]:
+        owners = tmp_path / "owners" / "-".join(directory.parts)
+        shares = [random_faces(4, 2, seed=client) for client in range(3)]
+        yield InProcessGrid(app, node_configs(owners, tiny_config(), shares))
+
+    monkeypatch.setattr(server.superlink, "superlink_grid", grid)
+    return run
+
+
+COORDINATED = [
+    text for key, value in TINY.items() if key not in ("data", "num-clients") for text in (f"--{key}", str(value))
+]
+
+
+def told_command(out: str) -> list[str]:
+    """The command line that the last line of an interrupted run tells."""
+    last = out.rstrip().splitlines()[-1]
+    assert last.startswith("stopped; nothing is lost. Go on with: visard "), out
+    return shlex.split(last.partition("with: visard ")[2])
+
+
+def test_ctrl_c_tells_a_command_that_goes_on(run: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for runs_dir in ([], ["--runs-dir", tmp_path / "my [runs]"]):
+        Stop(monkeypatch)
+        code, out, err = run("simulate", "demo", *OPTIONS, "--name", "stopped", *runs_dir)
+        assert code == 130, err
+        command = told_command(out)
+        assert ("--runs-dir" in command) is bool(runs_dir)
+        code, out, err = run(*command)
+        assert code == 0, err
+        assert "stopped: done" in out
+
+
+def test_ctrl_c_tells_the_coordinator_s_command(
+    coordinator: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ([], ["--runs-dir", "other", "--address", "127.0.0.1:9093"]):
+        Stop(monkeypatch)
+        code, out, err = coordinator("coordinator", "start", "demo", *COORDINATED, "--name", "mine", *given)
+        assert code == 130, err
+        command = told_command(out)
+        assert ("9093" in out.splitlines()[-1], "other" in command) == (bool(given), bool(given))
+        code, out, err = coordinator(*command)
+        assert code == 0, err
+        assert "mine: done" in out
+        assert "127.0.0.1:9093" in out if given else "127.0.0.1:9092" in out
+
+
+@pytest.mark.parametrize("arguments", [["simulate", "demo", *OPTIONS], ["coordinator", "start", "demo", *COORDINATED]])
+def test_ctrl_c_before_the_first_checkpoint_promises_nothing(
+    coordinator: Terminal, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server.app, "run", interrupted)
+    monkeypatch.setattr(simulations.simulate, "run", interrupted)
+    code, out, _ = coordinator(*arguments)
+    assert code == 130
+    assert "nothing is lost" not in out
+    assert "--resume" not in out
+    assert "start anew" in out
+
+
+def test_both_commands_close_with_the_same_table(coordinator: Terminal) -> None:
+    tables = []
+    for arguments in (["simulate", "demo", *OPTIONS], ["coordinator", "start", "demo", *COORDINATED]):
+        code, out, err = coordinator(*arguments, "--name", f"table-{arguments[0]}")
+        assert code == 0, err
+        tables.append(dict(re.findall(r"^│ (\S.*?)\s+│ (\S.*?)\s*│$", out, re.MULTILINE)))
+    simulated, coordinated = tables
+    assert simulated.pop("worst of 3 ledgers").count("by") == 2
+    figures = {"moment loss", "generator loss", "fake accuracy"}
+    assert (
+        simulated.keys()
+        == coordinated.keys()
+        == {"rounds", "generator steps", "time", "epsilon of all rounds"} | figures
+    )
+    assert simulated["rounds"] == coordinated["rounds"] == "5"
+    assert simulated["epsilon of all rounds"] == coordinated["epsilon of all rounds"]
+    assert re.fullmatch(r"[\d.]+ of 10 \(delta 1e-05\)", coordinated["epsilon of all rounds"])
+    code, out, err = coordinator("simulate", "demo", *OPTIONS, "--name", "open", "--privacy-model", "none")
+    assert code == 0, err
+    assert "infinite: no privacy" in out
+
+
+def test_a_recipe_s_relative_data_path_serves_a_resume_from_anywhere(
+    run: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_faces(12, 2).save(tmp_path / "faces.npz")
+    Path("own.toml").write_text(tomli_w.dumps({**TINY, "data": "faces.npz"}))
+    Stop(monkeypatch)
+    code, _, err = run("simulate", "own.toml", "--runs-dir", tmp_path / "runs")
+    assert code == 130, err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = run("simulate", "own", "--runs-dir", tmp_path / "runs", "--resume")
+    assert code == 0, err
+
+
 def test_labels(run: Terminal, tmp_path: Path) -> None:
     """A conditional run without privacy says so in red, and draws the label that it is asked for."""
     rows = tmp_path / "faces.npz"
@@ -148,7 +281,10 @@ def test_labels(run: Terminal, tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "three"
     assert json.loads((folder / "generator.json").read_text())["epsilon_spent"] is None
     assert str(tmp_path) not in (folder / "generator.json").read_text()
-    assert not list(folder.rglob("ledger.jsonl"))
+    kinds = {
+        json.loads(line)["type"] for path in folder.rglob("ledger.jsonl") for line in path.read_text().splitlines()
+    }
+    assert kinds == {"unprotected"}
     code, out, err = run("generate", folder, "-n", 4, "--label", 2)
     assert code == 0, err
     made = sorted(path.name for path in (folder / "generated").glob("synthetic-*"))
@@ -166,7 +302,10 @@ def test_labels(run: Terminal, tmp_path: Path) -> None:
         (["simulate", "demo", "--privacy-model", "trust"], "ConfigError", "local, central, none"),
         (["simulate", "demo", "--local-steps", "3"], "ConfigError", "local-steps = 3"),
         (["simulate", "demo", "--epsilon", "0.1"], "ConfigError", "moment release alone"),
-        (["simulate", "demo", "--name", "../x"], "ConfigError", "--name"),
+        (["simulate", "demo", "--name", "../x"], "ConfigError", "give another --name"),
+        (["simulate", "demo", "--name", ""], "ConfigError", "give another --name"),
+        (["coordinator", "start", "demo", "--name", "../x"], "ConfigError", "give another --name"),
+        (["coordinator", "start", "demo", "--name", "-x"], "ConfigError", "give another --name"),
         (["simulate", "demo", "--data", "no/such/[bold]folder[/x]"], "DataError", "[bold]folder[/x]"),
         (["simulate", "demo", "--data", "procedural:people=3"], "DataError", "people=3"),
         (["simulate", "demo", "--resume"], "CheckpointError", "cannot resume"),
@@ -202,3 +341,39 @@ def test_the_installed_command(tmp_path: Path) -> None:
     assert found.stdout == ""
     assert found.stderr.startswith("CheckpointError: no finished generator in nowhere")
     assert "Traceback" not in found.stderr
+
+
+def test_copies_of_faces_do_not_outlive_a_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes: a terminated one clears up, and what a killed one leaves is gone when the next one begins."""
+    cache = tmp_path / "cache" / "visard"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "visard", "simulate", "demo", *OPTIONS, "--privacy-model", "none"]
+    command += ["--num-rounds", "100000"]
+
+    def copies() -> list[Path]:
+        return sorted(cache.glob("clients-*/*.npz"))
+
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 200
+            while len(copies()) < 3:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert copies()[0].parent.name.startswith(f"clients-{process.pid}-")
+            running = copies()
+            with dealt_out(random_faces(12, 2), tiny_config()) as files:
+                assert copies() == sorted([*running, *files])
+            assert copies() == running  # another simulation leaves them alone
+            process.send_signal(number)
+            assert process.wait(60) == code
+        finally:
+            process.kill()
+            process.wait()
+        assert copies() == ([] if number == signal.SIGTERM else running)
+    with dealt_out(random_faces(12, 2), tiny_config()) as files:
+        assert copies() == files
+    assert not list(cache.glob("clients-*"))

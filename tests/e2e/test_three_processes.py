@@ -222,6 +222,8 @@ def test_the_commands_train_to_the_end_and_keep_to_the_budget(start: Start, addr
     output, _ = coordinator.communicate(timeout=200)
     assert coordinator.returncode == 0, output
     assert "visard client start" in output
+    assert "small: done" in output
+    assert "epsilon of all rounds" in output
     assert "Traceback" not in output
     rounds = [json.loads(line) for line in (tmp_path / "runs/small/rounds.jsonl").read_text().splitlines()]
     assert [r["stage"] for r in rounds] == ["moments"] + 3 * ["gradients"]

@@ -183,7 +183,8 @@ def test_the_log_of_a_run_never_passes_its_budget(tmp_path: Path) -> None:
     state = CoordinatorState.fresh(config, RUN_ID)
     train(tmp_path, state, shares(2), [RunRecorder(tmp_path, state)])
     lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
-    by_round = [line["epsilon"] for line in lines]
+    by_round = [line["epsilon_by_node"] for line in lines]
+    assert [line["epsilon"] for line in lines] == [max(epsilons.values()) for epsilons in by_round]
     for node, folder in (("2", "0000"), ("3", "0001")):
         spent = [epsilons[node] for epsilons in by_round]
         assert spent == sorted(spent)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import server.coordinator
+import server.records
 from common.config import RunConfig
 from common.errors import CheckpointError
 from common.faces import FaceDataset
@@ -164,6 +166,44 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     assert rounds_in_ledgers(tmp_path / "run") == before
 
 
+def test_the_curves_of_an_interrupted_run_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment stage counts generator steps, the rounds count themselves: neither voids the other's events."""
+    monkeypatch.setattr(server.records, "_FIT_RECORD_STEPS", 1)
+    monkeypatch.setattr(server.coordinator, "_FIT_CHECKPOINT_S", -1.0)
+    config, shares = setting("none, adaptive")  # checkpoints every three rounds: what came after is done again
+    folder = _made(tmp_path / "run")
+    state = CoordinatorState.fresh(config, RUN_ID)
+    for stop in (StopAt(fit_step=3), StopAt(server_round=5)):
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, state, shares, [RunRecorder(folder, state), stop])
+        state = CheckpointStore(folder).load()
+    resumed(folder, shares)
+    curves = {
+        ("moments", "moment_loss"): [1, 2, 3, 4],
+        ("rounds", "update_norm"): [1, 2, 3, 4, 5],
+        ("rounds", "fake_accuracy"): [2, 3, 4, 5],
+    }
+    for (kind, figure), steps in curves.items():
+        board = EventAccumulator(str(folder / "tensorboard" / kind)).Reload()
+        assert [event.step for event in board.Scalars(f"{kind}/{figure}")] == steps
+
+
+def test_damaged_lines_of_the_record_are_dropped(tmp_path: Path) -> None:
+    config, shares = setting("central")
+    folder = _made(tmp_path / "run")
+    state = CoordinatorState.fresh(config, RUN_ID)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, state, shares, [RunRecorder(folder, state), StopAt(server_round=3)])
+    path = folder / "rounds.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    junk = [b"\0\0\0\n", b"\n", b"[3]\n", b'"round"\n', b'{"round": "2"}\n', b'{"stage": "x"}\n', b"\xff\xfe{\n"]
+    path.write_bytes(b"".join([first, second[:20] + b"\n", *junk, second, third[:-1]]))  # the last one torn
+    resumed(folder, shares)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[:3] == [first, second, third]
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     config, _ = setting("central")
     store = CheckpointStore(tmp_path)
@@ -210,6 +250,9 @@ def test_kill_9_and_resume_from_the_command_line(tmp_path: Path) -> None:
     expected = Counter({(kind, n): 1 for kind in ("charged", "released") for n in range(1, 122)})
     assert rounds_in_ledgers(tmp_path / "run") == [expected] * 2
     assert (tmp_path / "run" / "generator.safetensors").exists()
+    board = EventAccumulator(str(tmp_path / "run/tensorboard/rounds"), {"scalars": 0}).Reload()
+    steps = [event.step for event in board.Scalars("rounds/update_norm")]
+    assert sorted({*steps, done}) == list(range(1, 122))  # killed between a round's line and its event: one is missing
 
 
 def _made(folder: Path) -> Path:

@@ -13,10 +13,10 @@ from common.errors import ConfigError
 from common.privacy.accounting import (
     ORDERS,
     Release,
-    best_order,
     calibrate_noise_multiplier,
     epsilon_at_orders,
     epsilon_of,
+    filter_order,
     rdp_of,
     tight_epsilon_of,
 )
@@ -141,11 +141,26 @@ def test_merged_equals_unmerged() -> None:
     assert tight_epsilon_of(unmerged, 1e-5) == tight_epsilon_of(merged, 1e-5)
 
 
-def test_the_best_order_is_the_one_that_proves_least() -> None:
+def test_the_filter_order_is_the_best_one_of_a_schedule_that_uses_up_the_budget() -> None:
     releases = [MOMENTS, Release("gradients", 1.0, 0.05, 300)]
     at_orders = epsilon_at_orders(rdp_of(releases), 1e-5)
-    assert at_orders[best_order(releases, 1e-5)] == epsilon_of(releases, 1e-5) == at_orders.min()
-    assert 1.05 < ORDERS[best_order(releases, 1e-5)] < 1024
+    order = filter_order(releases, float(at_orders.min()), 1e-5)
+    assert at_orders[order] == epsilon_of(releases, 1e-5) == at_orders.min()
+    assert 1.05 < ORDERS[order] < 1024
+
+
+def test_a_small_first_run_leaves_room_for_as_many_more_as_any_order_allows() -> None:
+    small = [Release("gradients", 2.0, 0.05, 20)]
+    order = filter_order(small, 10.0, 1e-5)
+
+    def runs_within_budget(at: int) -> int:
+        count = 0
+        while epsilon_at_orders((count + 1) * rdp_of(small), 1e-5)[at] <= 10.0:
+            count += 1
+        return count
+
+    most = max(runs_within_budget(at) for at in range(0, len(ORDERS), 7))
+    assert runs_within_budget(order) >= most > 10
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 3.0, 10.0])

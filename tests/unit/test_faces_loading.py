@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import stat
 import warnings
 
@@ -198,15 +199,37 @@ def test_a_changed_source_is_read_anew_and_the_old_copy_deleted(people, tmp_path
     load_faces(str(people), OPTIONS, cache_dir=cache)
     load_faces(str(people), FaceOptions(28, 1, 0.5), cache_dir=cache)
     assert len(list(cache.iterdir())) == 2
+    (cache / f".{next(cache.iterdir()).name}.7.tmp").write_bytes(b"half of a copy")
+    load_faces(str(people), OPTIONS, cache_dir=cache)
     (people / "ann" / "1.png").unlink()
+    assert load_faces(str(people), FaceOptions(32, 1), cache_dir=cache).persons.tolist() == [0, 1]
+    (entry,) = cache.iterdir()  # at whatever size, with whatever crop: no copy has the photograph
     assert load_faces(str(people), OPTIONS, cache_dir=cache).persons.tolist() == [0, 1]
     assert len(list(cache.iterdir())) == 2
+    assert entry.exists()
     path = people / "bob" / "1.pgm"
     before = path.stat()
     put(people / "bob", "1.pgm", 77)
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert load_faces(str(people), OPTIONS, cache_dir=cache).images[1, 0, 5, 5] == 77
+
+
+def test_no_copy_outlives_a_source_that_is_gone_or_empty(people, tmp_path):
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    put(other, "1.png")
+    load_faces(str(other), OPTIONS, cache_dir=cache)
+    (kept,) = cache.iterdir()
+    load_faces(str(people), OPTIONS, cache_dir=cache)
+    shutil.rmtree(people / "ann")
+    (people / "bob" / "1.pgm").unlink()
+    with pytest.raises(DataError, match="no image"):
+        load_faces(str(people), OPTIONS, cache_dir=cache)
+    assert list(cache.iterdir()) == [kept]
+    shutil.rmtree(other)
+    with pytest.raises(DataError, match="no folder"):
+        load_faces(str(other), OPTIONS, cache_dir=cache)
+    assert not list(cache.iterdir())
 
 
 def test_splits_and_procedural_faces_are_cached_apart(digits):

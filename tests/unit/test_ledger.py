@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import BudgetExhausted, LedgerCorrupt, PrivacyError
-from common.privacy.accounting import ORDERS, Release, best_order, epsilon_at_orders, epsilon_of, rdp_of
+from common.errors import BudgetExhausted, ConfigError, LedgerCorrupt, PrivacyError
+from common.privacy.accounting import ORDERS, Release, epsilon_at_orders, epsilon_of, filter_order, rdp_of
 from common.privacy.ledger import Ledger
 
 RUN = "a" * 32
@@ -58,7 +58,7 @@ def test_a_charge_is_on_the_disk_when_it_returns(tmp_path: Path) -> None:
     assert ledger.epsilon == 0.0
     assert charge(ledger, 7) is None
     opened, charged = lines(tmp_path)
-    order = best_order(PLAN, DELTA)
+    order = filter_order(PLAN, 10.0, DELTA)
     assert opened == {"type": "opened", "order": ORDERS[order], "delta": DELTA}
     assert charged == {
         "type": "charged",
@@ -94,7 +94,7 @@ def test_nothing_is_released_that_was_not_charged(tmp_path: Path) -> None:
 
 
 def test_an_exhausted_budget_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    one = float(epsilon_at_orders(rdp_of([STEP]), DELTA)[best_order(PLAN, DELTA)])
+    one = epsilon_of([STEP], DELTA)
     with pytest.raises(BudgetExhausted, match=r"max-epsilon"):
         charge(open_ledger(tmp_path / "none", one * 0.999), 1)
     assert (tmp_path / "none" / "ledger.jsonl").read_bytes() == b""
@@ -164,11 +164,11 @@ def test_a_reply_that_is_no_longer_kept_is_not_made_again(tmp_path: Path) -> Non
 
 def test_the_order_is_fixed_at_the_first_charge(tmp_path: Path) -> None:
     """Later plans and releases, for which another order would be better, do not move it: that makes it a filter."""
-    ledger = open_ledger(tmp_path, 1e6)
-    first = [Release("gradients", 30.0, 0.01, 10)]
-    other = Release("gradients", 0.4, 0.5, 100)
-    order = best_order(first, DELTA)
-    assert best_order([other], DELTA) != order
+    first = [Release("gradients", 0.8, 0.01, 50)]
+    other = Release("moments", 4.0, 1.0)
+    order = filter_order(first, 10.0, DELTA)
+    assert filter_order([other], 10.0, DELTA) != order
+    ledger = open_ledger(tmp_path)
     ledger.charge(RUN, 1, first[0], first, "x")
     ledger.charge(RUN, 2, other, [other], "y")
     assert open_ledger(tmp_path).epsilon == pytest.approx(
@@ -222,8 +222,32 @@ def test_any_other_damage_stops_the_client(tmp_path: Path) -> None:
         opens(b"".join([*whole, whole[1]]))
     with pytest.raises(LedgerCorrupt, match="line 2"):
         opens(whole[0] + b"".join(whole[1:]).replace(b"{", b"", 1))
-    with pytest.raises(LedgerCorrupt, match="opened for delta"):
+    with pytest.raises(ConfigError, match="opened for delta"):
         Ledger(tmp_path / "whole", max_epsilon=10.0, delta=1e-6)
+
+
+def test_a_ledger_that_shrinks_while_it_is_open_is_not_believed(tmp_path: Path) -> None:
+    ledger = fill(tmp_path)
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    with pytest.raises(LedgerCorrupt, match="shrunk"):
+        charge(ledger, 9)
+
+
+def test_faces_once_given_without_privacy_have_no_epsilon_any_more(tmp_path: Path) -> None:
+    ledger = fill(tmp_path)
+    ledger.note_unprotected(RUN)
+    ledger.note_unprotected(RUN)
+    for again in (ledger, open_ledger(tmp_path)):
+        assert again.epsilon == float("inf")
+        with pytest.raises(BudgetExhausted, match="without any privacy"):
+            charge(again, 9)
+    assert [line["type"] for line in lines(tmp_path)].count("unprotected") == 1
+
+
+def test_what_a_ledger_keeps_is_for_its_owner_alone(tmp_path: Path) -> None:
+    fill(tmp_path / "ledger")
+    assert (tmp_path / "ledger").stat().st_mode & 0o077 == 0
 
 
 def test_damage_done_while_it_is_open_stops_it_too(tmp_path: Path) -> None:
@@ -325,5 +349,11 @@ def test_a_charge_that_was_told_survives_kill_9(tmp_path: Path) -> None:
         assert {number for text in told for number in numbers(text, kind)} <= set(rounds)
         assert len(rounds) >= (6 if kind == "charged" else 1)
     last = rounds[-1]
-    assert charge(ledger, last) == f"reply {last}".encode() * 1000
+    if (tmp_path / "released.bin").read_bytes() == f"reply {last}".encode() * 1000:
+        assert charge(ledger, last) == f"reply {last}".encode() * 1000
+    else:
+        # Killed while the next round's answer took its place: nobody asks again for a round that was followed by one.
+        assert (RUN, last + 1) in {(line["run"], line["round"]) for line in kept if line["type"] == "charged"}
+        with pytest.raises(PrivacyError, match="no longer kept"):
+            charge(ledger, last)
     assert charge(ledger, last + 2) is None

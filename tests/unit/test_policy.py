@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from client.policy import OwnerPolicy
+from client.policy import OwnerPolicy, simulated_owner
 from common.config import RunConfig, Scalar
 from common.errors import ConfigError, PrivacyError, VisardError
 from common.faces import FaceOptions, load_faces
@@ -58,6 +58,12 @@ def test_each_permission_allows_what_it_names(
             policy_of(node).check(asked(model, protected))
 
 
+def test_a_partition_id_at_a_real_node_lets_the_run_name_neither_data_nor_budget() -> None:
+    run = RunConfig().to_flat() | {"data": "/home/owner/photographs", "privacy-model": "none"}
+    with pytest.raises(ConfigError, match="lacks data"):
+        policy_of({"partition-id": 0, "num-partitions": 2}, run)
+
+
 def test_the_run_s_configuration_allows_nothing() -> None:
     """A coordinator that puts the owner's own keys into the run's configuration gets no further."""
     run = RunConfig().to_flat() | {"allow-central": True, "allow-non-private": True, "max-epsilon": 1e9}
@@ -101,7 +107,8 @@ def test_an_unknown_key_or_a_wrong_value_is_refused(changes: dict[str, Any]) -> 
 
 def simulated(client: int, clients: int, **run: Scalar) -> OwnerPolicy:
     flat = RunConfig().to_flat() | {"runs-dir": "/runs"} | {key.replace("_", "-"): v for key, v in run.items()}
-    return policy_of({"partition-id": client, "num-partitions": clients}, flat)
+    node: dict[str, Scalar] = {"partition-id": client, "num-partitions": clients}
+    return OwnerPolicy.from_config(simulated_owner(node, Context(1, 2, dict(node), RecordDict(), dict(flat))))
 
 
 @pytest.mark.parametrize("clients", [1, 3, 7])
