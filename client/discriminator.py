@@ -22,7 +22,7 @@ from common.errors import DataError, ProtocolError
 from common.faces import FaceDataset
 from common.gradients import fake_mean, from_uint8, real_sum
 from common.messages import RoundInstructions
-from common.models.discriminators import build_discriminator
+from common.models.discriminators import discriminator_of
 from common.models.flat import get_flat, num_parameters, set_flat
 from common.models.losses import LOSSES
 from common.privacy.clipping import check_no_cross_sample
@@ -116,13 +116,7 @@ def class_labels(faces: FaceDataset, model: ModelConfig, indices: np.ndarray) ->
 @lru_cache(maxsize=1)
 def cached_discriminator(model: ModelConfig) -> nn.Module:
     """One discriminator for all rounds and all simulated clients of a process; the weights come with each round."""
-    discriminator = build_discriminator(
-        model.discriminator,
-        image_size=model.image_size,
-        channels=model.channels,
-        num_classes=model.num_classes,
-        width=model.discriminator_width,
-    )
+    discriminator = discriminator_of(model)
     # The clipping bounds a unit's influence only where no layer mixes images: two random ones tell.
     random = torch.Generator().manual_seed(0)
     example = torch.randn(2, model.channels, model.image_size, model.image_size, generator=random)

@@ -22,8 +22,8 @@ from common.device import pick_device
 from common.errors import CheckpointError, ConfigError
 from common.files import write_atomically
 from common.models import initialise
-from common.models.discriminators import build_discriminator
-from common.models.generators import build_generator
+from common.models.discriminators import discriminator_of
+from common.models.generators import generator_of
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -58,11 +58,9 @@ class CoordinatorState:
     @classmethod
     def fresh(cls, config: RunConfig, run_id: str | None = None) -> "CoordinatorState":
         """The state before the first round; weights from the run's seed."""
-        device, model = pick_device(), config.model
+        device = pick_device()
         rng = torch.Generator().manual_seed(config.training.seed)
-        shape = {"image_size": model.image_size, "channels": model.channels, "num_classes": model.num_classes}
-        generator = build_generator(model.generator, **shape, latent_dim=model.latent_dim, width=model.generator_width)
-        discriminator = build_discriminator(model.discriminator, **shape, width=model.discriminator_width)
+        generator, discriminator = generator_of(config.model), discriminator_of(config.model)
         for network in (generator, discriminator):
             initialise(network, rng)
             network.to(device)

@@ -14,7 +14,7 @@ from common.config import ModelConfig, RunConfig
 from common.device import pick_device
 from common.errors import CheckpointError, ConfigError
 from common.gradients import to_uint8
-from common.models.generators import build_generator
+from common.models.generators import generator_of
 
 # Images drawn at once.
 _BATCH = 256
@@ -36,14 +36,7 @@ class TrainedGenerator:
         try:
             card = json.loads((run / "generator.json").read_text(encoding="utf-8"))
             model = RunConfig.from_flat(card["config"]).model
-            network = build_generator(
-                model.generator,
-                image_size=model.image_size,
-                channels=model.channels,
-                num_classes=model.num_classes,
-                latent_dim=model.latent_dim,
-                width=model.generator_width,
-            )
+            network = generator_of(model)
             network.load_state_dict(load_file(run / "generator.safetensors"))
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
             raise CheckpointError(

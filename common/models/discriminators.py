@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from common.config import ModelConfig
 from common.errors import ConfigError
 from common.models import build_initialised
 
@@ -109,3 +110,14 @@ def build_discriminator(name: str, *, image_size: int, channels: int, num_classe
         lambda: kind(image_size=image_size, channels=channels, num_classes=num_classes, width=width)
     )
     return cast(Discriminator, module)
+
+
+def discriminator_of(model: ModelConfig) -> Discriminator:
+    """The discriminator that a run's configuration names."""
+    return build_discriminator(
+        model.discriminator,
+        image_size=model.image_size,
+        channels=model.channels,
+        num_classes=model.num_classes,
+        width=model.discriminator_width,
+    )

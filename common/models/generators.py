@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from common.config import ModelConfig
 from common.errors import ConfigError
 from common.models import build_initialised
 
@@ -93,3 +94,15 @@ def build_generator(
         )
     )
     return cast(DCGANGenerator, module)
+
+
+def generator_of(model: ModelConfig) -> DCGANGenerator:
+    """The generator that a run's configuration names."""
+    return build_generator(
+        model.generator,
+        image_size=model.image_size,
+        channels=model.channels,
+        num_classes=model.num_classes,
+        latent_dim=model.latent_dim,
+        width=model.generator_width,
+    )
