@@ -30,6 +30,7 @@ def real_sum(
     images: (B, C, H, W) in [-1, 1]; labels: (B,) int64 or None; units: (B,) int64, the place 0..num_units-1 of each
     image's unit, contiguous. Returns (d,) float32, zeros for an empty batch.
     """
+    images = images.contiguous(memory_format=torch.channels_last)
     if privacy.privacy_model is not PrivacyModel.NONE:
         return clipped_sum(
             discriminator, loss.real, images, labels, units, num_units, privacy.max_grad_norm, chunk_size=_chunk(images)
@@ -49,6 +50,7 @@ def fake_mean(
 
     Shapes as `real_sum`.
     """
+    images = images.contiguous(memory_format=torch.channels_last)
     if privacy.privacy_model is PrivacyModel.NONE:
         with half_precision(images.device):
             logits = discriminator(images, labels).float()

@@ -113,11 +113,12 @@ def build_discriminator(name: str, *, image_size: int, channels: int, num_classe
 
 
 def discriminator_of(model: ModelConfig) -> Discriminator:
-    """The discriminator that a run's configuration names."""
-    return build_discriminator(
+    """The discriminator that a run's configuration names, in channels-last memory, where clipping is quickest."""
+    module = build_discriminator(
         model.discriminator,
         image_size=model.image_size,
         channels=model.channels,
         num_classes=model.num_classes,
         width=model.discriminator_width,
     )
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
