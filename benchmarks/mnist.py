@@ -23,6 +23,7 @@ from common.config import RunConfig, Scalar
 from common.evaluation.utility import synthetic_accuracy
 from common.faces import FaceOptions, load_faces
 from server.progress import PlainProgress
+from server.records import epsilon_so_far
 from simulations.recipe import load_recipe
 from simulations.simulate import prepare, simulate
 
@@ -60,11 +61,11 @@ def run_arm(arm: str, overrides: dict[str, Scalar], keep: Path | None) -> dict[s
         torch.from_numpy(real.labels),
         seed=0,
     )
-    epsilon, tight = max(outcome.ledgers)
+    _, tight = max(outcome.ledgers)
     return {
         "arm": arm,
         "accuracy": round(100 * accuracy, 2),
-        "epsilon_rdp": round(epsilon, 3),
+        "epsilon_rdp": epsilon_so_far(state),
         "epsilon_prv": round(tight, 3),
         "delta": config.privacy.delta,
         "unit": str(config.privacy.unit),

@@ -60,7 +60,7 @@ def _simulate(
     table = closing_table(state, directory)
     if outcome.ledgers:
         most, tight = max(outcome.ledgers)
-        table.add_row(f"worst of {len(outcome.ledgers)} ledgers", f"{most:.3f} by RDP, {tight:.3f} by PRV")
+        table.add_row(f"worst of {len(outcome.ledgers)} ledgers", f"{most:.3f} of the budget used; {tight:.3f} by PRV")
     console.print(table)
     console.print(
         f"faces: {outcome.picture}\nmore:  visard generate {directory} -n 64", highlight=False, soft_wrap=True

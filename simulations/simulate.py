@@ -46,9 +46,18 @@ def prepare(
 
 
 def load_simulated_faces(config: RunConfig) -> FaceDataset:
-    """All the faces that a simulation deals out."""
-    options = FaceOptions(config.model.image_size, config.model.channels, config.simulation.crop)
-    return load_faces(config.simulation.data, options, cache_dir=cache_folder() / "faces")
+    """All the faces that a simulation deals out. Raises DataError where their labels or persons do not fit the run."""
+    model = config.model
+    options = FaceOptions(model.image_size, model.channels, config.simulation.crop)
+    faces = load_faces(config.simulation.data, options, cache_dir=cache_folder() / "faces")
+    faces.units(config.privacy.unit)
+    # A client must not tell of labels that it cannot use; who simulates holds all faces and should know.
+    if model.num_classes and (faces.labels is None or int(faces.labels.max()) >= model.num_classes):
+        found = "none" if faces.labels is None else f"0 to {int(faces.labels.max())}"
+        raise DataError(
+            f"num-classes = {model.num_classes} and the faces' labels are {found}: set num-classes to fit, 0 for none"
+        )
+    return faces
 
 
 def simulate(
