@@ -20,8 +20,10 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 def build() -> typer.Typer:
     """All commands."""
     from client.cli import start as start_client
+    from client.data_cli import check
     from server.cli import start_command
     from simulations.cli import generate, simulate
+    from simulations.data_cli import show
     from simulations.recipe import load_recipe
 
     app = typer.Typer(
@@ -38,8 +40,12 @@ def build() -> typer.Typer:
     coordinator = typer.Typer(help="The other side: keeps the generator, sees no photograph.", no_args_is_help=True)
     coordinator.command("start")(start_command(load_recipe))
     coordinator.callback()(lambda: None)
+    data = typer.Typer(help="Faces before a run: what an owner holds, and who holds what.", no_args_is_help=True)
+    data.command("check")(check)
+    data.command("show")(show)
     app.add_typer(client, name="client")
     app.add_typer(coordinator, name="coordinator")
+    app.add_typer(data, name="data")
     return app
 
 

@@ -13,11 +13,12 @@ from client.discriminator import check_weights, gradient_update
 from client.moments import moment_update
 from client.policy import OwnerPolicy
 from common.errors import RoundFailed, VisardError
-from common.faces import FaceDataset, FaceOptions, load_faces
+from common.faces import FaceDataset, load_faces
 from common.messages import DiscriminatorUpdate, RoundInstructions, Stage
 from common.privacy.ledger import Ledger
 from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
+from common.sections import FaceSource
 
 # Flower keeps codes below 100 for itself.
 REFUSED = 100
@@ -79,18 +80,19 @@ def _private_update(
 
 
 def _update(policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom) -> np.ndarray:
-    options = FaceOptions(instructions.model.image_size, instructions.model.channels, policy.crop)
+    model = instructions.model
     compute = moment_update if instructions.stage is Stage.MOMENTS else gradient_update
     try:
-        return compute(instructions, open_faces(policy.data, options, policy.state_dir / "cache"), random)
+        faces = open_faces(policy.source, model.image_size, model.channels, policy.state_dir / "cache")
+        return compute(instructions, faces, random)
     except Exception as error:
         raise RoundFailed("the round failed at this client") from error
 
 
 @lru_cache(maxsize=1024)
-def open_faces(data: str, options: FaceOptions, cache_dir: Path) -> FaceDataset:
+def open_faces(source: FaceSource, image_size: int, channels: int, cache_dir: Path) -> FaceDataset:
     """This owner's faces, decoded once a process: restart the node after taking photographs away."""
-    return load_faces(data, options, cache_dir=cache_dir)
+    return load_faces(source, image_size, channels, cache_dir=cache_dir)
 
 
 @lru_cache(maxsize=1024)

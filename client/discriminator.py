@@ -4,19 +4,20 @@ Claim, for neighbours that differ in one unit (`common.privacy.units`): `noised_
 noise multiplier sigma on a Poisson sample of rate q. Each unit enters independently with probability q; what it adds to
 the sum has L2 norm at most C (`common.privacy.clipping`); N(0, (sigma C)^2) is added to every coordinate, also when
 nobody was drawn. Under `central` the noise is left to the coordinator, and the claim is about what leaves the
-coordinator.
+coordinator. Augmented views and dropout leave the claim as it is (`common.augmentation`, `common.models.stochastic`):
+their seed is fresh for each step, comes from the operating system and stays here.
 
 Only real faces are clipped here, and in rounds of one step nothing else is computed: fakes never share a sum, or a
 clip, with faces.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelConfig
+from common.augmentation import SEED_BYTES, augmentation_of, step_randomness
 from common.device import pick_device
 from common.errors import DataError, ProtocolError
 from common.faces import FaceDataset
@@ -24,10 +25,11 @@ from common.gradients import fake_mean, from_uint8, real_sum
 from common.messages import RoundInstructions
 from common.models.discriminators import discriminator_of
 from common.models.flat import get_flat, num_parameters, set_flat
-from common.models.losses import LOSSES
+from common.models.losses import LOSSES, project_weights
 from common.privacy.clipping import check_no_cross_sample
 from common.privacy.randomness import SecureRandom, add_gaussian_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
+from common.sections import ModelConfig
 
 
 def gradient_update(instructions: RoundInstructions, faces: FaceDataset, random: SecureRandom) -> np.ndarray:
@@ -65,10 +67,18 @@ def noised_gradient(
     labels = class_labels(faces, instructions.model, indices)
     labels = labels if labels is None else labels.to(device)
     place = torch.from_numpy(units).to(device)
-    total = real_sum(discriminator, loss, images, labels, place, num_units, privacy)
+    augmentation = augmentation_of(instructions.augmentation, instructions.model)
+    with step_randomness(discriminator, augmentation, partial(secret_seed, random)):
+        images, labels, place = augmentation.views_of(images, labels, place)
+        total = real_sum(discriminator, loss, images, labels, place, num_units, privacy)
     if privacy.privacy_model is not PrivacyModel.LOCAL:
         return total.cpu()
     return add_gaussian_noise(total, privacy.noise_multiplier * privacy.max_grad_norm, random)
+
+
+def secret_seed(random: SecureRandom) -> bytes:
+    """SEED_BYTES bytes that nobody else can know, for the views and dropout masks of one step."""
+    return random.words(SEED_BYTES // 8).tobytes()
 
 
 def draw_units(
@@ -131,7 +141,7 @@ def _local_gradient(
     """Several SGD steps on both halves of the loss; returns (start - end) / (learning rate * steps), the mean gradient.
 
     Post-processing of `local_steps` noised sums and of fakes, whose number is the coordinator's and never tied to the
-    draw.
+    draw. So are the weights' projections after each step, where the loss has them: they look at nothing else.
     """
     privacy, steps, rate = instructions.privacy, instructions.local_steps, instructions.local_lr
     loss = LOSSES[instructions.model.loss]
@@ -142,10 +152,15 @@ def _local_gradient(
     start = get_flat(discriminator)
     weights = torch.from_numpy(start.copy())
     device = next(discriminator.parameters()).device
+    augmentation = augmentation_of(instructions.augmentation, instructions.model)
     for fake, fake_labels in zip(fakes, labels, strict=True):
         gradient = noised_gradient(discriminator, instructions, faces, random).div_(privacy.expected_batch)
         classes = None if fake_labels is None else torch.from_numpy(fake_labels.copy()).to(device)
-        gradient += fake_mean(discriminator, loss, from_uint8(fake).to(device), classes, privacy).cpu()
+        with step_randomness(discriminator, augmentation, partial(secret_seed, random)):
+            images = augmentation(from_uint8(fake).to(device))
+            gradient += fake_mean(discriminator, loss, images, classes, privacy).cpu()
         weights -= rate * gradient
         set_flat(discriminator, weights)
+        project_weights(discriminator, loss, instructions.model.weight_clip)
+        weights = torch.from_numpy(get_flat(discriminator))
     return (torch.from_numpy(start) - weights).div_(rate * steps).numpy()

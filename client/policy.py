@@ -5,35 +5,34 @@ It comes from the node's own configuration, never from the run's: the coordinato
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from flwr.app import Context
 
-from common.config import Scalar, convert
 from common.errors import ConfigError, PrivacyError
 from common.faces.procedural import parse_source
+from common.fields import Scalar, convert, key_of, keys_of
 from common.messages import RoundInstructions
 from common.privacy.units import PrivacyModel, PrivacyUnit
+from common.sections import FaceSource
 
 
-@dataclass(frozen=True)
-class OwnerPolicy:
+@dataclass(frozen=True, kw_only=True)
+class OwnerPolicy(FaceSource):
     """The owner's word. Every field has a key of the same name, with dashes, in the node's configuration.
 
-    data: a folder, .npz file or `procedural:...`. state_dir: the ledger and the cache of preprocessed faces.
+    What a FaceSource has: where the faces are and how they are read. state_dir: the ledger and the cache of preprocessed faces.
     max_epsilon, delta: the budget of this data set over all runs and coordinators. unit: the least that must be
     protected; `image` allows both units. allow_central: send clear gradient sums to the coordinator, which is trusted
     to add the noise. allow_non_private: answer rounds without any protection.
     """
 
-    data: str
     state_dir: Path
     max_epsilon: float
     delta: float = 1e-5
     unit: PrivacyUnit = PrivacyUnit.PERSON
-    crop: float = 1.0
     allow_central: bool = False
     allow_non_private: bool = False
 
@@ -58,7 +57,7 @@ class OwnerPolicy:
                 f"this node's configuration lacks {', '.join(sorted(missing))}: start it with `visard client start`, or give "
                 "flower-supernode a --node-config with these keys"
             )
-        known = {name.replace("_", "-"): name for name in cls.__dataclass_fields__}
+        known = {key_of(f.name): f.name for f in fields(cls)}
         unknown = set(config) - set(known) - {"partition-id", "num-partitions"}
         if unknown:
             raise ConfigError(
@@ -75,11 +74,16 @@ class OwnerPolicy:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.max_epsilon < float("inf") and 0 < self.delta < 0.5 and 0 < self.crop <= 1):
+        super().__post_init__()
+        if not (0 <= self.max_epsilon < float("inf") and 0 < self.delta < 0.5):
             raise ConfigError(
-                f"max-epsilon {self.max_epsilon} must be finite and not negative, delta {self.delta} in (0, 0.5), crop "
-                f"{self.crop} in (0, 1]"
+                f"max-epsilon {self.max_epsilon} must be finite and not negative, delta {self.delta} in (0, 0.5)"
             )
+
+    @property
+    def source(self) -> FaceSource:
+        """Where the faces are and how they are read, without the rest of the policy."""
+        return FaceSource(**{f.name: getattr(self, f.name) for f in fields(FaceSource)})
 
     def check(self, instructions: RoundInstructions) -> None:
         """Refuse a round that this owner does not allow. Raises PrivacyError before anything is charged or read."""
@@ -103,14 +107,15 @@ def _in_ray_worker() -> bool:
 
 
 def simulated_owner(config: Mapping[str, Scalar], context: Context) -> dict[str, Scalar]:
-    """A simulated node's share: its own procedural persons, or its own folder where `data` has the placeholder
-    {client}.
+    """A simulated node's share: its own procedural persons, or its own source where `data` has the placeholder
+    {client}; it may stand in `attributes` too.
 
     Only a worker of Flower's simulation engine gets here, where coordinator and owner are one: at a real node the run's
     configuration names neither data nor budget.
     """
     run, client, clients = context.run_config, int(config["partition-id"]), int(config["num-partitions"])
-    data = str(run["data"])
+    source = {key: run[key] for _, key in keys_of(FaceSource)}
+    data = str(source["data"])
     if data.startswith("procedural:"):
         persons, images, seed = parse_source(data.removeprefix("procedural:"))
         mine = persons[len(persons) * client // clients : len(persons) * (client + 1) // clients]
@@ -119,18 +124,19 @@ def simulated_owner(config: Mapping[str, Scalar], context: Context) -> dict[str,
         data = data.replace("{client}", str(client))
     else:
         raise ConfigError(
-            f"data = {data!r}: under `flwr run` a simulated client needs its own faces: procedural:..., or a path with {{client}} "
-            "in it; `visard simulate` deals out one folder"
+            f"data = {data!r}: under `flwr run` a simulated client needs its own faces: procedural:..., or a path or source with "
+            "{client} in it, such as flwr-datasets:...,partition={client}; `visard simulate` deals out one folder"
         )
     private = run["privacy-model"] != PrivacyModel.NONE
     return {
         **config,
+        **source,
         "data": data,
+        "attributes": str(source["attributes"]).replace("{client}", str(client)),
         "state-dir": f"{run.get('runs-dir', 'runs')}/flwr-{context.run_id}/clients/{client}",
         "max-epsilon": run["epsilon"] if private else 0.0,
         "delta": run["delta"],
         "unit": run["unit"],
-        "crop": run["crop"],
         "allow-central": run["privacy-model"] == PrivacyModel.CENTRAL,
         "allow-non-private": not private,
     }

@@ -9,6 +9,7 @@
     |-- ProtocolError          a message that does not fit the round
     |   |-- MalformedUpdate    wrong keys, shapes, dtypes or values
     |   |-- CohortTooSmall     fewer clients answered than the round needs
+    |   |   `-- BudgetsSpent   because the budgets of the others are spent: the run is over
     |   `-- RoundFailed        a client could not compute its answer; only its owner reads why
     `-- CheckpointError        a run's saved state cannot be read or written
 
@@ -51,6 +52,10 @@ class MalformedUpdate(ProtocolError):
 
 class CohortTooSmall(ProtocolError):
     """Fewer clients answered in time than the round needs."""
+
+
+class BudgetsSpent(CohortTooSmall):
+    """Too few clients have a budget left for another round: the run ends here, and keeps what it has."""
 
 
 class RoundFailed(ProtocolError):

@@ -2,18 +2,18 @@
 
 L_D = mean over units of real(D(x)) + mean over fakes of fake(D(G(z))). Both halves are clipped to the same C, sample by
 sample: clipping the reals alone would make them too weak beside the fakes. The fakes' half costs no privacy and gets no
-noise.
+noise. Augmented views and dropout's masks are the caller's to seed (`common.augmentation.step_randomness`).
 """
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config import PrivacyConfig
 from common.device import half_precision
 from common.models.losses import GANLoss
 from common.privacy.clipping import clipped_sum
 from common.privacy.units import PrivacyModel
+from common.sections import PrivacyConfig
 
 
 def real_sum(

@@ -13,19 +13,20 @@ import json
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self, TypeVar, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from common.config import ModelConfig, PrivacyConfig, convert
 from common.errors import ConfigError, MalformedUpdate, ProtocolError
+from common.fields import convert
 from common.privacy.accounting import Release
 from common.privacy.units import PrivacyModel
+from common.sections import AugmentationConfig, ModelConfig, PrivacyConfig
 
 # No update or set of fakes is larger than this, whatever a message declares.
 MAX_BYTES = 1 << 30
-_Section = TypeVar("_Section")
+_SECTIONS = {"model": ModelConfig, "privacy": PrivacyConfig, "augmentation": AugmentationConfig}
 _DTYPES = {"float32": "<f4", "int64": "<i8", "uint8": "|u1"}
 
 
@@ -51,6 +52,7 @@ class RoundInstructions:
     stage: Stage
     model: ModelConfig
     privacy: PrivacyConfig
+    augmentation: AugmentationConfig
     moment_rounds: int
     moment_noise_multiplier: float
     feature_seed: int
@@ -97,10 +99,10 @@ class RoundInstructions:
         scalars, arrays = _records(record, "instructions", ProtocolError)
         try:
             values: dict[str, Any] = dict(scalars)
-            model, privacy = _section("model", ModelConfig, values), _section("privacy", PrivacyConfig, values)
+            sections: dict[str, Any] = {name: _section(name, kind, values) for name, kind in _SECTIONS.items()}
             values["stage"] = Stage(values["stage"])
             values |= {name: _unpack(name, array, ProtocolError) for name, array in arrays.items()}
-            instructions = cls(model=model, privacy=privacy, **values)
+            instructions = cls(**sections, **values)  # a TypeError where a sender names a section himself
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -219,7 +221,7 @@ def planned_releases(
     return [*moments, steps] if planned_steps else moments
 
 
-def _section(name: str, section_type: type[_Section], values: dict[str, Any]) -> _Section:
+def _section(name: str, section_type: type, values: dict[str, Any]) -> object:
     """Take a section's fields out of `values`, each of its own type and no other."""
     hints = get_type_hints(section_type)
     return section_type(**{f: convert(f, values.pop(f"{name}.{f}"), hints[f]) for f in hints})

@@ -6,8 +6,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.errors import ConfigError
+from common.fields import Scalar
 from common.privacy.planner import with_noise
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.coordinator import Observer, coordinate
@@ -16,7 +17,7 @@ from server.progress import PlainProgress
 from server.records import RunRecorder
 
 # What a run may do otherwise when it is resumed: neither its promise nor its result depends on it.
-CHANGEABLE = ("min-clients", "round-timeout-s", "sample-every")
+CHANGEABLE = ("min-clients", "round-timeout-s", "sample-every", "stop-when", "reference")
 
 app = ServerApp()
 
@@ -47,6 +48,8 @@ def open_run(
             )
         state = CheckpointStore(directory).load()
         state.config = RunConfig.from_flat({**state.config.to_flat(), **(changes or {})})
+        if {"min-clients", "stop-when"} & set(changes or {}):
+            state.stopped = ""  # these may have ended it
         return state
     if CheckpointStore(directory).path.exists():
         raise ConfigError(f"{directory} holds a run already: continue it with --resume, or give another --name")

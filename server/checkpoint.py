@@ -24,6 +24,7 @@ from common.files import write_atomically
 from common.models import initialise
 from common.models.discriminators import discriminator_of
 from common.models.generators import generator_of
+from common.models.losses import LOSSES, project_weights
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -34,7 +35,7 @@ class CoordinatorState:
 
     ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged:
     for each node that was asked, its moment rounds and its gradient steps, answered or not. last: figures of the last
-    round.
+    round. stopped: why the run ended before its last round, or empty.
     """
 
     config: RunConfig
@@ -54,6 +55,7 @@ class CoordinatorState:
     seconds: float = 0.0
     charged: dict[str, list[int]] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    stopped: str = ""
 
     @classmethod
     def fresh(cls, config: RunConfig, run_id: str | None = None) -> "CoordinatorState":
@@ -64,6 +66,7 @@ class CoordinatorState:
         for network in (generator, discriminator):
             initialise(network, rng)
             network.to(device)
+        project_weights(discriminator, LOSSES[config.model.loss], config.model.weight_clip)
         return cls(
             config=config,
             run_id=run_id or uuid.uuid4().hex,
@@ -79,11 +82,17 @@ class CoordinatorState:
     @property
     def fitting(self) -> bool:
         """Whether the moment stage's generator steps are still under way."""
-        return self.moment_target is not None and self.generator_steps < self.config.moments.moment_steps
+        return (
+            not self.stopped
+            and self.moment_target is not None
+            and self.generator_steps < self.config.moments.moment_steps
+        )
 
     @property
     def last_round(self) -> int:
         """Number of the run's last round; rounds count from 1, the moment round included."""
+        if self.stopped:
+            return self.next_round - 1
         return self.config.moments.moment_rounds + self.config.training.num_rounds
 
 
@@ -97,6 +106,7 @@ _PLAIN = (
     "seconds",
     "charged",
     "last",
+    "stopped",
 )
 _MODULES = ("generator", "ema", "discriminator")
 _OPTIMIZERS = ("generator_optimizer", "discriminator_optimizer")

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
+from common.fields import Scalar
 from common.options import with_run_options
 from common.privacy.units import PrivacyModel
 from server.summary import RUNS_DIR, closing_table, run_directory, stopped
@@ -27,7 +28,7 @@ def start_command(load_recipe: LoadRecipe) -> Callable[..., None]:
     def start(
         recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a path to a .toml")] = "demo",
         address: Annotated[str, typer.Option(help="HOST:PORT to listen on, loopback only")] = _ADDRESS,
-        name: Annotated[str | None, typer.Option(help="Name of the run's folder [the recipe's]")] = None,
+        name: Annotated[str | None, typer.Option(help="Name of the run's folder", show_default="the recipe's")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run")] = False,
         runs_dir: Annotated[Path, typer.Option(help="Folder of all runs")] = RUNS_DIR,
         overrides: dict[str, Any] | None = None,
@@ -74,4 +75,4 @@ def start_command(load_recipe: LoadRecipe) -> Callable[..., None]:
         console.print(closing_table(state, directory))
         console.print(f"faces: {picture}\nmore:  visard generate {directory} -n 64", highlight=False, soft_wrap=True)
 
-    return with_run_options(start, ("model", "privacy", "moments", "training"))
+    return with_run_options(start, ("model", "privacy", "augmentation", "moments", "training"))

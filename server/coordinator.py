@@ -8,6 +8,7 @@ answered send the same bytes again.
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,11 +16,12 @@ from typing import Protocol
 import torch
 
 from common.device import pick_device
+from common.errors import BudgetsSpent
 from common.gradients import fake_mean, to_uint8
 from common.messages import RoundInstructions, Stage
 from common.models.features import RandomFeatures
 from common.models.flat import get_flat, num_parameters, split_flat
-from common.models.losses import LOSSES
+from common.models.losses import LOSSES, project_weights
 from common.privacy.planner import planned_steps
 from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
@@ -27,9 +29,14 @@ from server.aggregation import average
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.exchange import Exchange
 from server.generator import GeneratorTrainer
+from server.quality import Judge
 
 # Seconds between two checkpoints of the moment stage's fit.
 _FIT_CHECKPOINT_S = 10.0
+# Generator steps of that fit between two looks at the public faces.
+_FIT_MEASURE_STEPS = 100
+
+log = logging.getLogger("visard.server")
 
 
 class Observer(Protocol):
@@ -53,15 +60,21 @@ def coordinate(
 
     Raises CohortTooSmall or CheckpointError; the checkpoint then holds all that was achieved.
     """
-    trainer = GeneratorTrainer(state)
+    trainer, judge = GeneratorTrainer(state), Judge(state)
     config = state.config
     store.save(state)
     for server_round in range(state.next_round, state.last_round + 1):
-        if state.fitting:
-            fit_moments(state, trainer, store, observers)
+        fit_moments(state, trainer, judge, store, observers)
+        if state.stopped:
+            break
         began = time.monotonic()
         instructions = instructions_for(state, server_round, trainer)
-        gradient = collect(state, exchange, instructions, new_random(state))
+        try:
+            gradient = collect(state, exchange, instructions, new_random(state))
+        except BudgetsSpent as error:
+            state.stopped = str(error)
+            log.warning("%s", error)
+            break
         if instructions.stage is Stage.MOMENTS:
             state.moment_target = gradient.view(max(config.model.num_classes, 1), -1)
             state.last = {}
@@ -81,12 +94,16 @@ def coordinate(
             "refusals": dict(exchange.refusals),
             "update_norm": gradient.norm().item(),
         }
-        if server_round % config.training.checkpoint_every == 0 or server_round == state.last_round:
+        last = server_round == state.last_round
+        judge.look(state, measure=server_round % config.training.sample_every == 0 or last)
+        if server_round % config.training.checkpoint_every == 0 or last or state.stopped:
             store.save(state)
         for observer in observers:
             observer.round_ended(state)
-    if state.fitting:
-        fit_moments(state, trainer, store, observers)
+        if state.stopped:
+            break
+    fit_moments(state, trainer, judge, store, observers)
+    store.save(state)
 
 
 def instructions_for(state: CoordinatorState, server_round: int, trainer: GeneratorTrainer) -> RoundInstructions:
@@ -99,6 +116,7 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
         stage=Stage.MOMENTS if moments else Stage.GRADIENTS,
         model=config.model,
         privacy=config.privacy,
+        augmentation=config.augmentation,
         moment_rounds=config.moments.moment_rounds,
         moment_noise_multiplier=config.moments.moment_noise_multiplier,
         feature_seed=config.moments.feature_seed,
@@ -134,48 +152,69 @@ def collect(
     else:
         dimension = num_parameters(state.discriminator)
     nodes = exchange.wait_for_clients()
-    gradient = average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
-    if instructions.privacy.privacy_model is not PrivacyModel.NONE:
-        for node in nodes:
-            charged = state.charged.setdefault(str(node), [0, 0])
-            if instructions.stage is Stage.MOMENTS:
-                charged[0] += 1
-            else:
-                charged[1] += instructions.local_steps
+    try:
+        gradient = average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
+    except BudgetsSpent:
+        # Some have answered: the round is over, and void, and its charge stands.
+        state.next_round = instructions.server_round + 1
+        _note_charged(state, instructions, nodes)
+        raise
+    _note_charged(state, instructions, nodes)
     return gradient
+
+
+def _note_charged(state: CoordinatorState, instructions: RoundInstructions, nodes: Sequence[int]) -> None:
+    if instructions.privacy.privacy_model is PrivacyModel.NONE:
+        return
+    for node in nodes:
+        charged = state.charged.setdefault(str(node), [0, 0])
+        if instructions.stage is Stage.MOMENTS:
+            charged[0] += 1
+        else:
+            charged[1] += instructions.local_steps
 
 
 def discriminator_step(
     state: CoordinatorState, trainer: GeneratorTrainer, instructions: RoundInstructions, gradient: torch.Tensor
 ) -> dict[str, float]:
     """One Adam step of the shared discriminator on both halves of its loss. Returns its figures on fakes."""
-    config, device = state.config, pick_device()
+    config, device, loss = state.config, pick_device(), LOSSES[state.config.model.loss]
     fakes, labels = trainer.fakes(config.training.fake_batch)
     gradient = gradient.to(device)
     if instructions.local_steps == 1:
-        loss = LOSSES[config.model.loss]
-        gradient = gradient + fake_mean(state.discriminator, loss, fakes, labels, config.privacy)
+        with trainer.randomness():
+            views = trainer.augmentation(fakes)
+            gradient = gradient + fake_mean(state.discriminator, loss, views, labels, config.privacy)
     parameters = list(state.discriminator.parameters())
     for parameter, part in zip(parameters, split_flat(state.discriminator, gradient), strict=True):
         parameter.grad = part.clone()
     for group in state.discriminator_optimizer.param_groups:
         group["lr"], group["betas"] = config.training.discriminator_lr, (config.training.adam_beta1, 0.999)
     state.discriminator_optimizer.step()
+    project_weights(state.discriminator, loss, config.model.weight_clip)
+    # Of the fakes as they are, without dropout. Under wasserstein logits have no zero of their own: it says little there.
+    state.discriminator.eval()
     with torch.no_grad():
         accuracy = (state.discriminator(fakes, labels) < 0).float().mean().item()
+    state.discriminator.train()
     state.rounds_since_generator_step += 1
     trainer.note_accuracy(accuracy)
     return {"fake_accuracy": accuracy}
 
 
 def fit_moments(
-    state: CoordinatorState, trainer: GeneratorTrainer, store: CheckpointStore, observers: Sequence[Observer]
+    state: CoordinatorState,
+    trainer: GeneratorTrainer,
+    judge: Judge,
+    store: CheckpointStore,
+    observers: Sequence[Observer],
 ) -> None:
-    """The moment stage's generator steps, from wherever they are."""
+    """The moment stage's generator steps, from wherever they are; none where they are done."""
     saved = time.monotonic()
     while state.fitting:
         began = time.monotonic()
         state.last = trainer.moment_step()
+        judge.look(state, measure=state.generator_steps % _FIT_MEASURE_STEPS == 0 or not state.fitting)
         state.seconds += time.monotonic() - began
         if time.monotonic() - saved > _FIT_CHECKPOINT_S or not state.fitting:
             store.save(state)

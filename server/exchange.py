@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from common.config import TrainingConfig
-from common.errors import CohortTooSmall, MalformedUpdate
+from common.errors import BudgetExhausted, BudgetsSpent, CohortTooSmall, MalformedUpdate
 from common.messages import DiscriminatorUpdate, RoundInstructions
+from common.sections import TrainingConfig
 
 log = logging.getLogger("visard.server")
 
@@ -25,8 +25,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.005, 0.1
 class Exchange:
     """The coordinator's end of the wire.
 
-    After a round: `refusals` counts the errors by kind, `bytes_down` and
-    `bytes_up` are the array bytes sent and received.
+    After a round: `refusals` counts the errors by kind, `bytes_down` and `bytes_up` are the array bytes sent and
+    received. `spent` are the nodes that said that their budget is: they are not asked again.
     """
 
     def __init__(self, grid: Grid, training: TrainingConfig) -> None:
@@ -34,12 +34,17 @@ class Exchange:
         self._training = training
         self.refusals: Counter[str] = Counter()
         self.bytes_down = self.bytes_up = 0
+        self.spent: set[int] = set()
 
     def wait_for_clients(self) -> list[int]:
-        """The connected nodes, once there are enough. Raises CohortTooSmall after round-timeout-s."""
+        """The connected nodes with a budget left, once there are enough.
+
+        Raises BudgetsSpent where those that are spent are missing, CohortTooSmall after round-timeout-s.
+        """
         wanted, deadline = self._training.min_clients, time.monotonic() + self._training.round_timeout_s
         wait, told = _FIRST_WAIT_S, False
-        while len(nodes := sorted(self._grid.get_node_ids())) < wanted:
+        while len(nodes := sorted(set(self._grid.get_node_ids()) - self.spent)) < wanted:
+            self._end_where_spent(len(nodes))
             if time.monotonic() > deadline:
                 raise CohortTooSmall(
                     f"{len(nodes)} clients are connected after {self._training.round_timeout_s:g} s and min-clients is {wanted}: "
@@ -57,7 +62,8 @@ class Exchange:
     ) -> Iterator[DiscriminatorUpdate]:
         """Ask `nodes` and yield each valid update of `dimension` as it arrives.
 
-        Raises CohortTooSmall at the end where fewer than min-clients answered: what was yielded must then be dropped.
+        Raises CohortTooSmall at the end where fewer than min-clients answered, BudgetsSpent where that will not change:
+        what was yielded must then be dropped.
         """
         content = instructions.to_record()
         timeout_s = self._training.round_timeout_s
@@ -73,6 +79,8 @@ class Exchange:
         for reply in self._replies(messages, time.monotonic() + timeout_s):
             if reply.has_error():
                 self.refusals[str(reply.error.reason)[:40]] += 1
+                if reply.error.reason == BudgetExhausted.__name__:
+                    self.spent.add(reply.metadata.src_node_id)
                 continue
             try:
                 update = DiscriminatorUpdate.from_record(reply.content, instructions, dimension)
@@ -84,10 +92,18 @@ class Exchange:
             answered += 1
             yield update
         if answered < self._training.min_clients:
+            self._end_where_spent(len(set(nodes) - self.spent))
             reasons = ", ".join(f"{count} x {kind}" for kind, count in self.refusals.items()) or "no answer in time"
             raise CohortTooSmall(
                 f"round {instructions.server_round}: {answered} of {len(nodes)} clients gave an update ({reasons}) and min-clients is "
                 f"{self._training.min_clients}. The clients' logs say why; --resume goes on from here, also with a smaller --min-clients"
+            )
+
+    def _end_where_spent(self, left: int) -> None:
+        if self.spent and left < self._training.min_clients:
+            raise BudgetsSpent(
+                f"{len(self.spent)} clients have spent their budgets, {left} are left and min-clients is "
+                f"{self._training.min_clients}: the run ends with what it has"
             )
 
     def _replies(self, messages: list[Message], deadline: float) -> Iterator[Message]:

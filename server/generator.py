@@ -5,9 +5,12 @@ discriminator's gradient and keep the moment term beside it. Learning rates are 
 randomness is `state.rng`: a checkpoint between any two steps loses nothing.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
+from common.augmentation import SEED_BYTES, augmentation_of, step_randomness
 from common.config import RunConfig
 from common.device import half_precision
 from common.models.features import RandomFeatures
@@ -30,6 +33,12 @@ class GeneratorTrainer:
         self._state = state
         self._device = next(state.generator.parameters()).device
         self._moment_loss: MomentLoss | None = None
+        self.augmentation = augmentation_of(state.config.augmentation, state.config.model)
+
+    def randomness(self) -> AbstractContextManager[None]:
+        """Views and dropout masks within follow a seed of `state.rng`, drawn only where there are any: on fakes it needs
+        no secret."""
+        return step_randomness(self._state.discriminator, self.augmentation, self._draw_seed)
 
     def moment_step(self) -> dict[str, float]:
         """One Adam step on the moment loss. Returns its figures."""
@@ -56,8 +65,8 @@ class GeneratorTrainer:
         if state.moment_target is not None and state.generator_steps == config.moments.moment_steps:
             state.generator_optimizer = torch.optim.Adam(state.generator.parameters())
         fakes, labels = self._fakes(config.training.generator_batch)
-        with half_precision(self._device):
-            logits = state.discriminator(fakes, labels).float()
+        with self.randomness(), half_precision(self._device):
+            logits = state.discriminator(self.augmentation(fakes), labels).float()
         loss = LOSSES[config.model.loss].generator(logits).mean()
         (gradient,) = torch.autograd.grad(loss, fakes, retain_graph=False)
         figures = {"generator_loss": loss.item()}
@@ -96,6 +105,9 @@ class GeneratorTrainer:
         with half_precision(self._device):
             fakes: Tensor = self._state.generator(latents, labels).float()
         return fakes, labels
+
+    def _draw_seed(self) -> bytes:
+        return torch.randint(256, (SEED_BYTES,), dtype=torch.uint8, generator=self._state.rng).numpy().tobytes()
 
     def _moments(self) -> MomentLoss:
         if self._moment_loss is None:

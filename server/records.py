@@ -139,6 +139,7 @@ def card_of(state: CoordinatorState) -> dict[str, Any]:
         "epsilon_spent": epsilon_so_far(state),
         "delta": state.config.privacy.delta if private else None,
         "rounds": state.next_round - 1,
+        "stopped": state.stopped,
         "generator_steps": state.generator_steps,
         "config": _without_places(state.config),
     }

@@ -42,10 +42,12 @@ def closing_table(state: "CoordinatorState", directory: Path) -> Table:
 
     privacy = state.config.privacy
     table = Table(show_header=False, title=f"{directory.name}: done", title_justify="left")
+    if state.stopped:
+        table.add_row("ended early", state.stopped)
     table.add_row("rounds", f"{state.next_round - 1}")
     table.add_row("generator steps", f"{state.generator_steps}")
     table.add_row("time", f"{state.seconds / 60:.1f} min")
-    for figure in ("moment_loss", "generator_loss", "fake_accuracy"):
+    for figure in ("moment_loss", "generator_loss", "fake_accuracy", "frechet"):
         if figure in state.last:
             table.add_row(figure.replace("_", " "), f"{state.last[figure]:.4g}")
     spent = epsilon_so_far(state)

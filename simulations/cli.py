@@ -1,6 +1,7 @@
 """`visard simulate` and `visard generate`. What is slow to import is imported when it is used."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,9 @@ console = Console()
 
 def _simulate(
     recipe: Annotated[str, typer.Argument(help=f"{', '.join(recipe_names())}, or a path to a .toml")] = "demo",
-    name: Annotated[str | None, typer.Option(help="Name of the run's folder [the recipe's, numbered]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run's folder", show_default="the recipe's, numbered")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run")] = False,
     runs_dir: Annotated[Path, typer.Option(help="Folder of all runs")] = RUNS_DIR,
     overrides: dict[str, Any] | None = None,
@@ -72,7 +75,7 @@ def generate(
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of images")] = 64,
     label: Annotated[int | None, typer.Option(help="Draw this label only")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the latents")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to [RUN/generated]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to", show_default="RUN/generated")] = None,
 ) -> None:
     """Draw synthetic faces from a finished run: one PNG each, and a sheet of all."""
     from common.applications.generate import TrainedGenerator
@@ -107,9 +110,14 @@ def _numbered(stem: str, number: int) -> str:
 
 
 def _with_absolute_data(config: RunConfig) -> RunConfig:
-    """A run is resumed from anywhere: a data path is kept absolute."""
-    data = config.simulation.data
-    if data.startswith("procedural:"):
-        return config
-    data = str(Path(data).expanduser().resolve())
-    return dataclasses.replace(config, simulation=dataclasses.replace(config.simulation, data=data))
+    """A run is resumed from anywhere: paths of faces are kept absolute."""
+    simulation, training = config.simulation, config.training
+    attributes = simulation.attributes if simulation.attributes == "utkface" else _absolute(simulation.attributes)
+    simulation = dataclasses.replace(simulation, data=_absolute(simulation.data), attributes=attributes)
+    training = dataclasses.replace(training, reference=_absolute(training.reference))
+    return dataclasses.replace(config, simulation=simulation, training=training)
+
+
+def _absolute(source: str) -> str:
+    """A path made absolute; a source with a scheme, such as `procedural:`, and nothing at all as they are."""
+    return source if not source or re.match(r"[a-z-]+:", source) else str(Path(source).expanduser().resolve())

@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.config import RunConfig, Scalar, load_toml
+from common.config import RunConfig, expand_preset
 from common.errors import ConfigError
+from common.fields import Scalar, load_toml
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -27,4 +28,4 @@ def load_recipe(recipe: str, overrides: Mapping[str, Scalar]) -> RunConfig:
         raise ConfigError(
             f"there is no recipe {recipe!r}: {hint}recipes are {', '.join(recipe_names())}, or a path to a .toml"
         )
-    return RunConfig.from_flat({**load_toml(path), **overrides})
+    return RunConfig.from_flat({**expand_preset(load_toml(path)), **expand_preset(overrides)})

@@ -13,9 +13,10 @@ from flwr.app import UserConfigValue
 from flwr.clientapp import ClientApp
 
 from client.app import app as shipped_client_app
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.errors import DataError
-from common.faces import FaceDataset, FaceOptions, load_faces
+from common.faces import FaceDataset, load_faces
+from common.fields import Scalar
 from common.privacy.accounting import tight_epsilon_of
 from common.privacy.ledger import Ledger
 from common.privacy.units import PrivacyModel
@@ -48,8 +49,7 @@ def prepare(
 def load_simulated_faces(config: RunConfig) -> FaceDataset:
     """All the faces that a simulation deals out. Raises DataError where their labels or persons do not fit the run."""
     model = config.model
-    options = FaceOptions(model.image_size, model.channels, config.simulation.crop)
-    faces = load_faces(config.simulation.data, options, cache_dir=cache_folder() / "faces")
+    faces = load_faces(config.simulation, model.image_size, model.channels, cache_dir=cache_folder() / "faces")
     faces.units(config.privacy.unit)
     # A client must not tell of labels that it cannot use; who simulates holds all faces and should know.
     if model.num_classes and (faces.labels is None or int(faces.labels.max()) >= model.num_classes):
@@ -80,8 +80,7 @@ def simulate(
 @contextmanager
 def dealt_out(faces: FaceDataset, config: RunConfig) -> Iterator[list[Path]]:
     """Files with each client's share, gone when the context ends: copies of faces do not stay in the run's folder."""
-    simulation = config.simulation
-    shares = partition(faces, simulation.num_clients, simulation.partitioner, config.training.seed)
+    shares = partition(faces, config.simulation, config.training.seed)
     with _own_folder(cache_folder()) as folder:
         files = [folder / f"{client:04d}.npz" for client in range(len(shares))]
         for file, share in zip(files, shares, strict=True):

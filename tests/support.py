@@ -9,8 +9,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.app import create_app
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.faces import FaceDataset
+from common.fields import Scalar
 from common.messages import RoundInstructions, Stage
 from common.privacy.planner import with_noise
 from common.privacy.randomness import SecureRandom
@@ -114,6 +115,7 @@ def gradient_instructions(config: RunConfig, weights: np.ndarray, server_round: 
         stage=Stage.GRADIENTS,
         model=config.model,
         privacy=config.privacy,
+        augmentation=config.augmentation,
         moment_rounds=config.moments.moment_rounds,
         moment_noise_multiplier=config.moments.moment_noise_multiplier,
         feature_seed=config.moments.feature_seed,

@@ -10,11 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common.config import ModelConfig, RunConfig
+from common.config import RunConfig
 from common.device import pick_device
 from common.errors import CheckpointError, ConfigError
 from common.gradients import to_uint8
 from common.models.generators import generator_of
+from common.sections import ModelConfig
 
 # Images drawn at once.
 _BATCH = 256

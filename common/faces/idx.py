@@ -9,11 +9,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from common.errors import DataError
-from common.faces.dataset import FaceDataset, FaceOptions
-from common.faces.preprocessing import fit
+from common.faces.arrays import fit_pixels
+from common.faces.gallery import Gallery
 
 PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 # Far above any real file of this kind; a damaged header must not ask for all of the memory.
@@ -44,19 +43,20 @@ def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
     return pair[0], pair[1]
 
 
-def load_idx(images_path: Path, labels_path: Path, options: FaceOptions) -> FaceDataset:
+def idx_files(folder: Path) -> list[Path]:
+    """All IDX files of a folder, those of both splits."""
+    return _matches(folder, "*idx?-ubyte*")
+
+
+def gather_idx(images_path: Path, labels_path: Path) -> Gallery:
     """One split: labels, no persons. Raises DataError where a file is damaged or the two do not fit each other."""
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if not len(images) or len(images) != len(labels):
         raise DataError(
             f"{images_path.name} has {len(images)} images and {labels_path.name} {len(labels)} labels: get both anew"
         )
-    size = options.image_size
-    if options.crop == 1.0 and images.shape[1:] == (size, size):
-        fitted = np.repeat(images[:, None], options.channels, axis=1)
-    else:
-        fitted = np.stack([fit(Image.fromarray(image), options) for image in images])
-    return FaceDataset(fitted, labels=labels.astype(np.int64))
+    names = [""] * len(images)
+    return Gallery(str(images_path.parent), list(images), fit_pixels, names, labels=labels.astype(np.int64))
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:

@@ -1,133 +1,123 @@
-"""One door to every source of faces, and a private cache of what came through it.
+"""One door to every source of faces.
 
-The cache holds photographs, small ones: its folder is for the owner alone (0700). When a source is loaded that has
-changed, all copies of how it was are deleted, at whatever size they were made, so that a photograph taken out of the
-source does not live on there.
+Each kind of source is opened by one function: `open_*(where, source, options, split)` says what its content depends on
+(for the cache) and how to gather its pictures, and does not decode any. What comes after is the same for all.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
-from common.errors import DataError
-from common.faces.dataset import FaceDataset, FaceOptions
-from common.faces.folders import list_faces, load_folder
-from common.faces.idx import find_idx, load_idx
-from common.faces.preprocessing import PREPROCESSING_VERSION
-from common.faces.procedural import PROCEDURAL_VERSION, parse_source, procedural_faces
+import PIL
 
-SPLITS = ("train", "test")
-SCHEME = "procedural:"
+from common.errors import DataError
+from common.faces.arrays import open_npz, open_procedural
+from common.faces.cache import cached, forget
+from common.faces.dataset import FaceDataset, FaceOptions
+from common.faces.folders import open_folder
+from common.faces.gallery import Reading, Track, untracked
+from common.faces.huggingface import open_federated, open_huggingface
+from common.faces.libraries import open_skimage, open_sklearn
+from common.faces.preprocessing import preprocessing_state
+from common.faces.source import SPLITS, Source
+from common.fields import listed
+from common.sections import FaceSource
 
 
 def load_faces(
-    source: str, options: FaceOptions, *, split: str = "train", cache_dir: Path | None = None
+    source: FaceSource, image_size: int, channels: int, *, split: str = "train", cache_dir: Path | None = None
 ) -> FaceDataset:
-    """Read faces, each cut to `options`.
+    """Read faces, each cut to uint8 (channels, image_size, image_size).
 
-    source is one of
-      a folder of person folders        persons known, no labels
-      a folder of images                persons unknown, no labels
-      a folder of IDX files (.gz)       labels, persons unknown; the one kind with a split 'test'
-      a file .npz of FaceDataset.save   as saved; `options` must fit, crop is not applied again
-      procedural:persons=40,images=10,seed=0,first=0    drawn by us; every part may be left out
+    source.data is one of
+      a folder of person folders       persons known
+      a folder of images               persons unknown, unless attributes and person_column say who it is
+      a folder of IDX files (.gz)      labels; splits 'train' and 'test'
+      a file .npz                      FaceDataset.save's own, taken as it is, or plain arrays (`arrays.NAMES`)
+      procedural:persons=40,images=10,seed=0,first=0       drawn by us; every part may be left out
+      skimage:lfw_subset               100 grey faces of 25 pixels, shipped with scikit-image
+      sklearn:lfw, sklearn:olivetti    persons known; with `,data_home=DIR`; may download, as scikit-learn does
+      hf:PATH_OR_NAME                  Hugging Face datasets, with `,split=`, `,config=`, `,image=`, `,person=`
+      flwr-datasets:PATH_OR_NAME,partitions=10,partition=3 one part of such a data set, with `,by=COLUMN`
 
-    split: 'train', or 'test' of an IDX folder. cache_dir: where to keep the outcome for next time, None for nowhere.
-    Files that cannot be used are skipped and counted in one SkippedImages warning (not again from the cache).
-    Raises DataError where the source is missing, empty, mixed, damaged or without that split; OSError where the cache
-    cannot be written.
+    split: 'train', or 'test' where the source has it. cache_dir: where to keep the outcome for next time, None for
+    nowhere. What cannot be used is counted in one SkippedImages warning (not again from the cache). Raises DataError where the
+    source is missing, empty, mixed, damaged or without that split, or needs a package that is not installed; OSError where the
+    cache cannot be written.
     """
+    options = FaceOptions(image_size, channels, source.crop, source.detect)
+
+    identity = [_place(source.data)]
+    try:
+        opened = _open(source, options, split)
+        state = None if opened.state is None else [opened.state, preprocessing_state(options), PIL.__version__]
+    except DataError:
+        if cache_dir is not None:
+            forget(cache_dir, identity)  # nothing is left there that can be used
+        raise
+
+    def read() -> FaceDataset:
+        reading = _read(opened, source, options)
+        reading.warn(source.data)
+        return reading.faces
+
+    if cache_dir is None or state is None:
+        return read()
+    asked = [getattr(source, f.name) for f in fields(FaceSource)]
+    return cached(cache_dir, identity, state, [image_size, channels, split, asked], read)
+
+
+def read_faces(
+    source: FaceSource, image_size: int, channels: int, *, split: str = "train", track: Track = untracked
+) -> Reading:
+    """As `load_faces`, with the account of what was skipped in place of the warning; always read anew.
+
+    track: wraps the pictures as they are gone through, for a progress bar.
+    """
+    options = FaceOptions(image_size, channels, source.crop, source.detect)
+    return _read(_open(source, options, split), source, options, track)
+
+
+def _read(opened: Source, source: FaceSource, options: FaceOptions, track: Track = untracked) -> Reading:
+    gallery = opened.gather()
+    if source.label_column:
+        gallery = gallery.labelled(source.label_column, listed(source.label_values))
+    return gallery.cut(options, track)
+
+
+def _open(source: FaceSource, options: FaceOptions, split: str) -> Source:
     if split not in SPLITS:
         raise DataError(f"split is {split!r}: use one of {SPLITS}")
-    if source.startswith(SCHEME):
-        _only_train(source, split)
-        persons, images, seed = parse_source(source.removeprefix(SCHEME))
-        identity = [SCHEME, persons.start, persons.stop, images, seed]
-        return _cached(
-            cache_dir, options, identity, [PROCEDURAL_VERSION], lambda: procedural_faces(persons, images, options, seed)
-        )
-    path = Path(source).expanduser().absolute()
+    scheme, colon, where = source.data.partition(":")
+    if colon and scheme in SCHEMES:
+        if source.attributes:
+            raise DataError(
+                f"attributes = {source.attributes!r} with {source.data}: they are for folders of images only"
+            )
+        return SCHEMES[scheme](where, source, options, split)
+    path = Path(source.data).expanduser().absolute()
     if path.suffix == ".npz":
-        _only_train(source, split)
-        return _load_npz(path, options)
-    identity = [str(path), split]
-    try:
-        if not path.is_dir():
-            raise DataError(f"{path} is no folder, no .npz file and does not begin with {SCHEME!r}: check the path")
-        pair = find_idx(path, split)
-        if pair is not None:
-            state = [PREPROCESSING_VERSION, *_states(pair)]
-            return _cached(cache_dir, options, identity, state, lambda: load_idx(*pair, options))
-        _only_train(source, split)
-        listing = list_faces(path)
-    except DataError:
-        _forget(cache_dir, _hash(identity))  # nothing is left there that can be used
-        raise
-    state = [PREPROCESSING_VERSION, *(_states(files) for files in listing.groups)]
-    return _cached(cache_dir, options, identity, state, lambda: load_folder(listing, options))
+        return open_npz(str(path), source, options, split)
+    if not path.is_dir():
+        known = ", ".join(f"{scheme}:" for scheme in SCHEMES)
+        raise DataError(f"{path} is no folder, no .npz file and begins with none of {known}: check the path")
+    return open_folder(str(path), source, options, split)
 
 
-def _only_train(source: str, split: str) -> None:
-    if split != "train":
-        raise DataError(
-            f"{source} has no split {split!r}: only IDX folders have; keep test faces in a folder of their own"
-        )
+def _place(data: str) -> str:
+    """The same text for the same photographs, whichever of them are taken: when they change, all copies must go."""
+    scheme, _, where = data.partition(":")
+    if scheme == "procedural":
+        return data  # nobody's photographs: what was drawn before may stay
+    if scheme not in SCHEMES:
+        return str(Path(data).expanduser().absolute())
+    name = where.partition(",")[0]
+    return str(Path(name).expanduser().absolute()) if scheme in ("hf", "flwr-datasets") else f"{scheme}:{name}"
 
 
-def _load_npz(path: Path, options: FaceOptions) -> FaceDataset:
-    faces = FaceDataset.load(path)
-    if not len(faces):
-        raise DataError(f"{path} holds no images: save some")
-    if (faces.image_size, faces.channels) != (options.image_size, options.channels):
-        raise DataError(
-            f"{path} holds images of {faces.image_size} pixels in {faces.channels} channels, the run needs "
-            f"{options.image_size} in {options.channels}: save it anew from the photographs"
-        )
-    return faces
-
-
-def _states(files: Sequence[Path]) -> list[list[object]]:
-    states: list[list[object]] = []
-    for file in files:
-        found = file.stat()
-        states.append([str(file), found.st_size, found.st_mtime_ns])
-    return states
-
-
-def _cached(
-    cache_dir: Path | None,
-    options: FaceOptions,
-    identity: Sequence[object],
-    state: Sequence[object],
-    read: Callable[[], FaceDataset],
-) -> FaceDataset:
-    """What `read` gives, from the cache where that has it. The file's name is hash(identity)-hash(state)-hash(options)."""
-    if cache_dir is None:
-        return read()
-    source, present = _hash(identity), _hash(state)
-    _forget(cache_dir, source, f"{source}-{present}-")
-    path = cache_dir / f"{source}-{present}-{_hash([asdict(options)])}.npz"
-    if path.exists():
-        try:
-            return FaceDataset.load(path)
-        except DataError:  # damaged: read the source anew and overwrite it
-            pass
-    faces = read()
-    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    cache_dir.chmod(0o700)
-    faces.save(path)
-    path.chmod(0o600)
-    return faces
-
-
-def _forget(cache_dir: Path | None, source: str, but: str | None = None) -> None:
-    """Delete the copies of a source, half-written ones too, except those with `but` in their name."""
-    for old in cache_dir.glob(f"*{source}-*") if cache_dir is not None else ():
-        if but is None or but not in old.name:
-            old.unlink(missing_ok=True)
-
-
-def _hash(parts: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+SCHEMES = {
+    "procedural": open_procedural,
+    "skimage": open_skimage,
+    "sklearn": open_sklearn,
+    "hf": open_huggingface,
+    "flwr-datasets": open_federated,
+}

@@ -12,10 +12,10 @@ import numpy as np
 from common.errors import DataError
 from common.faces.dataset import FaceDataset, FaceOptions
 from common.faces.drawing import draw
-from common.faces.persons import make_person, make_pictures
+from common.faces.persons import Person, make_person, make_pictures
 
 # Part of the cache's key: raise it whenever the same seed would give other pictures.
-PROCEDURAL_VERSION = 1
+PROCEDURAL_VERSION = 2
 MAX_IMAGES = 1_000_000
 
 
@@ -31,7 +31,9 @@ def parse_source(text: str) -> tuple[range, int, int]:
 
 
 def procedural_faces(persons: Sequence[int], images_per_person: int, options: FaceOptions, seed: int) -> FaceDataset:
-    """Draw images_per_person pictures of each of `persons` (numbers >= 0), in that order; no labels.
+    """Draw images_per_person pictures of each of `persons` (numbers >= 0), in that order.
+
+    Attributes: hair (its style), beard (its kind, or none) and glasses (yes or no); no labels.
 
     A person looks the same whoever else is drawn beside them. `options.crop` below 1 goes closer to the face. The same machine
     gives the same bytes; another processor may round a pixel differently by 1. Raises DataError for no persons, no images, negative
@@ -44,15 +46,25 @@ def procedural_faces(persons: Sequence[int], images_per_person: int, options: Fa
     numbers = [int(person) for person in persons]
     if len(set(numbers)) != len(numbers) or not all(0 <= number < 2**32 for number in [seed, *numbers]):
         raise DataError(f"persons {numbers[:5]} ... with seed {seed}: use different numbers from 0 to {2**32 - 1}")
-    images = [_draw_person(number, images_per_person, options, seed) for number in numbers]
-    whose = np.repeat(np.arange(len(numbers), dtype=np.int64), images_per_person)
-    return FaceDataset(np.concatenate(images), whose)
-
-
-def _draw_person(number: int, count: int, options: FaceOptions, seed: int) -> np.ndarray:
-    """uint8 (count, C, H, H)."""
     # Always three numbers: numpy takes [seed, number] and [seed, number, 0] for the same seed.
-    person = make_person(np.random.default_rng([seed, number, 0]))
+    made = [make_person(np.random.default_rng([seed, number, 0])) for number in numbers]
+    images = [
+        _draw_person(number, person, images_per_person, options, seed)
+        for number, person in zip(numbers, made, strict=True)
+    ]
+    whose = np.repeat(np.arange(len(numbers), dtype=np.int64), images_per_person)
+    attributes = {
+        "hair": [person.style for person in made],
+        "beard": [person.beard for person in made],
+        "glasses": ["yes" if person.glasses else "no" for person in made],
+    }
+    return FaceDataset(
+        np.concatenate(images), whose, attributes={name: np.array(each)[whose] for name, each in attributes.items()}
+    )
+
+
+def _draw_person(number: int, person: Person, count: int, options: FaceOptions, seed: int) -> np.ndarray:
+    """uint8 (count, C, H, H)."""
     rngs = [np.random.default_rng([seed, number, 1 + picture]) for picture in range(count)]
     pixels = draw(person, make_pictures(person, rngs), options.image_size, options.crop)
     grain = np.stack([rng.normal(0, 0.008, pixels.shape[1:]) for rng in rngs])

@@ -1,4 +1,4 @@
-"""Generators, discriminators, GAN losses and the fixed random features.
+"""Generators, discriminators, GAN losses and the fixed random features. docs/models.md has a table of them all.
 
 The builders (`build_generator`, `build_discriminator`) never touch torch's global random numbers and always return
 the same weights; a run then draws its own start with `initialise`.
@@ -19,8 +19,9 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
     anywhere).
 
     Convolutions and hidden linear layers: N(0, gain^2 / fan_in), gain^2 = 2 / (1 + 0.2^2) (He et al. 2015), because
-    our discriminators have no normalisation that would mend a start which fades from layer to layer. The last layer
-    (one output) and embeddings: N(0, 1 / features). Transposed convolutions: N(0, 0.02^2) (Radford et al. 2016).
+    most of our discriminators have no normalisation that would mend a start which fades from layer to layer. The last
+    layer (one output) and convolutions of one pixel, which are the shortcuts of residual blocks and feed no leaky ReLU
+    of their own: gain 1. Embeddings: N(0, 1 / features). Transposed convolutions: N(0, 0.02^2) (Radford et al. 2016).
     Biases 0; norms: scale 1, shift 0, running statistics fresh. Raises TypeError for a layer with parameters of its
     own that it does not know.
     """
@@ -28,11 +29,12 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
         if isinstance(layer, nn.ConvTranspose2d):
             _fill(layer.weight, _GENERATOR_STD, generator)
         elif isinstance(layer, nn.Conv2d | nn.Linear):
-            gain = 1.0 if layer.weight.shape[0] == 1 else math.sqrt(2.0 / (1.0 + _LEAKY_SLOPE**2))
+            linear = layer.weight.shape[0] == 1 or layer.weight.shape[2:] == (1, 1)
+            gain = 1.0 if linear else math.sqrt(2.0 / (1.0 + _LEAKY_SLOPE**2))
             _fill(layer.weight, gain / math.sqrt(layer.weight[0].numel()), generator)
         elif isinstance(layer, nn.Embedding):
             _fill(layer.weight, 1.0 / math.sqrt(layer.embedding_dim), generator)
-        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d):
+        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d):
             layer.reset_parameters()
         elif next(layer.parameters(recurse=False), None) is not None:
             raise TypeError(

@@ -1,24 +1,29 @@
 """Discriminators: an image, and a class if there are classes, to one logit (high for real).
 
 No layer mixes samples (no batch norm, no minibatch statistics): the gradient of one person's photographs must not
-depend on another's, or clipping bounds nothing. `common.privacy.clipping.check_no_cross_sample` tests it.
+depend on another's, or clipping bounds nothing. `common.privacy.clipping.check_no_cross_sample` tests it. Where the
+source of a network normalises over the batch, ours normalises over groups of an image's own channels (Wu and He 2018,
+"Group normalization"). Dropout is no mixing, if its masks are drawn as `common.models.stochastic` says.
 
 A conditional discriminator adds the inner product of its last features with an embedding of the class (Miyato and
 Koyama 2018, "cGANs with projection discriminator"); the features keep their positions here instead of being pooled,
 as our networks are shallow.
 """
 
+import math
+from collections.abc import Callable
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import nn
 
-from common.config import ModelConfig
 from common.errors import ConfigError
 from common.models import build_initialised
+from common.sections import ModelConfig
 
-# image size -> number of halvings: 28 ends at 7x7, 32 and 64 at 4x4
-_HALVINGS = {28: 2, 32: 3, 64: 4}
+# image size -> number of halvings: 28 ends at 7x7, the others at 4x4
+_HALVINGS = {28: 2, 32: 3, 64: 4, 128: 5}
 
 
 class Discriminator(nn.Module):
@@ -81,6 +86,106 @@ class MLPDiscriminator(Discriminator):
         super().__init__(nn.Sequential(*layers), before, num_classes)
 
 
+class ConvDropoutDiscriminator(Discriminator):
+    """Two convolutions (5, stride 2), the second of twice the channels, each with leaky ReLU 0.2 and dropout 0.3, then
+    the logit.
+
+    The discriminator of TensorFlow's DCGAN tutorial, which has `width` 64 and a leaky slope of 0.3. Its dropout draws
+    from torch's global random numbers: run it in training mode within `common.models.stochastic.seeded_masks`.
+    """
+
+    def __init__(self, *, image_size: int, channels: int, num_classes: int, width: int) -> None:
+        _check_shape(image_size, channels, num_classes, width)
+        layers: list[nn.Module] = []
+        for before, after in pairwise((channels, width, 2 * width)):
+            layers += [nn.Conv2d(before, after, 5, stride=2, padding=2), nn.LeakyReLU(0.2), nn.Dropout(0.3)]
+        super().__init__(nn.Sequential(*layers, nn.Flatten()), 2 * width * (image_size // 4) ** 2, num_classes)
+
+
+# image size -> the strides of the seven convolutions, which end at 4x4
+_DEEP_STRIDES = {
+    28: (1, 2, 1, 2, 1, 2, 1),
+    32: (1, 2, 1, 2, 1, 2, 1),
+    64: (2, 2, 1, 2, 1, 2, 1),
+    128: (2, 2, 1, 2, 1, 2, 2),
+}
+
+
+class DeepConvDiscriminator(Discriminator):
+    """Seven convolutions (3) of 1, 2, 2, 4, 4, 8, 8 times `width` channels down to 4x4, two dense layers of 16 times
+    `width`, leaky ReLU 0.2 after each (width 64: 64, 128 x 2, 256 x 2, 512 x 2, dense 1024 x 2).
+
+    The manner of VGG (Simonyan and Zisserman 2015). Every convolution but the first has a group norm, of eight groups
+    where they divide the channels, in place of the batch norm that so deep a stack usually has.
+    """
+
+    def __init__(self, *, image_size: int, channels: int, num_classes: int, width: int) -> None:
+        _check_shape(image_size, channels, num_classes, width)
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, width, 3, stride=_DEEP_STRIDES[image_size][0], padding=1),
+            nn.LeakyReLU(0.2),
+        ]
+        widths = [width * factor for factor in (1, 2, 2, 4, 4, 8, 8)]
+        for (before, after), stride in zip(pairwise(widths), _DEEP_STRIDES[image_size][1:], strict=True):
+            layers += [
+                nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(math.gcd(8, after), after),
+                nn.LeakyReLU(0.2),
+            ]
+        layers += [nn.Flatten(), nn.Linear(widths[-1] * 16, 16 * width), nn.LeakyReLU(0.2)]
+        layers += [nn.Linear(16 * width, 16 * width), nn.LeakyReLU(0.2)]
+        super().__init__(nn.Sequential(*layers), 16 * width, num_classes)
+
+
+class _ResidualBlock(nn.Module):
+    """(x's shortcut + conv(act(conv(act(x))))) / sqrt(2), half the side if `halve`.
+
+    The factor keeps the variance of the sum that of its parts, so that a deep stack starts at the scale of a shallow
+    one (as in StyleGAN2, Karras et al. 2020, appendix B).
+    """
+
+    def __init__(self, before: int, after: int, *, halve: bool, image: bool = False) -> None:
+        super().__init__()
+        first = nn.Conv2d(before, after if image else before, 3, padding=1)
+        # The source pools after this convolution; a stride costs a quarter.
+        second = (
+            nn.Conv2d(first.out_channels, after, 4, 2, 1) if halve else nn.Conv2d(first.out_channels, after, 3, 1, 1)
+        )
+        self.branch = nn.Sequential(
+            nn.Identity() if image else nn.LeakyReLU(0.2),
+            first,
+            nn.LeakyReLU(0.2),
+            second,
+        )
+        self.shortcut = nn.Sequential(
+            nn.AvgPool2d(2) if halve else nn.Identity(),
+            nn.Conv2d(before, after, 1, bias=False) if before != after else nn.Identity(),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, (self.shortcut(x) + self.branch(x)) * math.sqrt(0.5))
+
+
+class ResNetDiscriminator(Discriminator):
+    """Residual blocks of 1, 2, 4, 4, ... times `width` channels, each of half the side, one more at the last side, a
+    leaky ReLU.
+
+    After SNGAN (Miyato et al. 2018, "Spectral normalization for generative adversarial networks", appendix B.4),
+    without its spectral norm and with leaky ReLUs; no other normalisation, as there and in WGAN-GP (Gulrajani et al.
+    2017). The source sums over the positions before the logit; here each keeps its own weights, as in our other
+    networks: summed, the logits of a start lie many times their spread away from 0.
+    """
+
+    def __init__(self, *, image_size: int, channels: int, num_classes: int, width: int) -> None:
+        _check_shape(image_size, channels, num_classes, width)
+        widths = [width * min(2**level, 4) for level in range(_HALVINGS[image_size])]
+        blocks = [_ResidualBlock(channels, width, halve=True, image=True)]
+        blocks += [_ResidualBlock(before, after, halve=True) for before, after in pairwise(widths)]
+        blocks += [_ResidualBlock(widths[-1], widths[-1], halve=False)]
+        side = image_size // 2 ** len(widths)
+        super().__init__(nn.Sequential(*blocks, nn.LeakyReLU(0.2), nn.Flatten()), widths[-1] * side**2, num_classes)
+
+
 def _check_shape(image_size: int, channels: int, num_classes: int, width: int) -> None:
     if image_size not in _HALVINGS:
         raise ConfigError(f"image_size is {image_size}; discriminators take {sorted(_HALVINGS)}: choose one of these")
@@ -91,9 +196,12 @@ def _check_shape(image_size: int, channels: int, num_classes: int, width: int) -
         )
 
 
-DISCRIMINATORS: dict[str, type[DCGANDiscriminator] | type[MLPDiscriminator]] = {
+DISCRIMINATORS: dict[str, Callable[..., Discriminator]] = {
     "dcgan": DCGANDiscriminator,
     "mlp": MLPDiscriminator,
+    "conv-dropout": ConvDropoutDiscriminator,
+    "deep-conv": DeepConvDiscriminator,
+    "resnet": ResNetDiscriminator,
 }
 
 

@@ -12,6 +12,8 @@ that takes each logit alone:
   neighbours do not change an image's rounding), neither proven, nor measured on a GPU. Larger draws are sums of such
   sums, each with that slack.
 - Nothing is TF32 or bfloat16 but the forward pass, if it has chosen so.
+- With dropout all of this is said of given masks; that secret masks keep it private is argued in
+  `common.models.stochastic`.
 - A unit whose gradient is not finite (or above LARGEST_NORM) adds zero. Neither the result nor an error tells that
   there was one, nor how many units there were.
 Time and memory do depend on the number of units and images drawn, and a little on units that add zero.

@@ -22,7 +22,8 @@ import server.superlink
 import simulations.simulate
 import visard
 from client.app import app
-from common.config import RunConfig, load_toml
+from common.config import RunConfig
+from common.fields import load_toml
 from server.checkpoint import CoordinatorState
 from server.progress import PlainProgress
 from simulations.engine import InProcessGrid
@@ -298,7 +299,7 @@ def test_labels(run: Terminal, tmp_path: Path) -> None:
         (["simulate", "dmeo"], "ConfigError", "did you mean 'demo'"),
         (["simulate", "nowhere.toml"], "ConfigError", "no recipe"),
         (["simulate", "demo", "--sample-rate", "1.5"], "ConfigError", "sample-rate = 1.5 is outside (0, 1]"),
-        (["simulate", "demo", "--loss", "wgan"], "ConfigError", "choose one of bce, hinge"),
+        (["simulate", "demo", "--loss", "wgan"], "ConfigError", "choose one of minimax, bce, hinge"),
         (["simulate", "demo", "--privacy-model", "trust"], "ConfigError", "local, central, none"),
         (["simulate", "demo", "--local-steps", "3"], "ConfigError", "local-steps = 3"),
         (["simulate", "demo", "--epsilon", "0.1"], "ConfigError", "moment release alone"),

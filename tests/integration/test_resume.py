@@ -31,6 +31,19 @@ CONFIGS = {
     "none, adaptive": {"privacy_model": "none", "adaptive": True, "checkpoint_every": 3},
     "conditional": {"privacy_model": "central", "num_classes": 3, "adam_beta1": 0.5, "generator_batch": 6},
     "without moments": {"privacy_model": "central", "moment_rounds": 0},
+    "views and dropout": {
+        "privacy_model": "central",
+        "discriminator": "conv-dropout",
+        "augment": "flip, crop, rotation, colour, blur",
+        "augment_views": 2,
+    },
+    "several steps, views, dropout, wasserstein": {
+        "privacy_model": "local",
+        "local_steps": 2,
+        "discriminator": "conv-dropout",
+        "loss": "wasserstein",
+        "augment": "crop, colour",
+    },
 }
 CLIENTS = 2
 

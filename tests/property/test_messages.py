@@ -12,7 +12,7 @@ from common.errors import ConfigError, MalformedUpdate, ProtocolError
 from common.messages import DiscriminatorUpdate, RoundInstructions, Stage
 from tests.support import RUN_ID, gradient_instructions, tiny_config
 
-BASE = gradient_instructions(tiny_config(privacy_model="local"), np.arange(5, dtype=np.float32))
+BASE = gradient_instructions(tiny_config(privacy_model="local", augment="crop"), np.arange(5, dtype=np.float32))
 FIELDS = dict(BASE.to_record()["instructions"])  # type: ignore[arg-type]
 SCALARS = st.one_of(
     st.booleans(),
@@ -50,6 +50,7 @@ def test_instructions_survive_the_round_trip(weights: np.ndarray, number: int, s
         stage=Stage.GRADIENTS,
         model=BASE.model,
         privacy=BASE.privacy,
+        augmentation=BASE.augmentation,
         moment_rounds=1,
         moment_noise_multiplier=2.0,
         feature_seed=0,
@@ -74,7 +75,7 @@ def test_updates_survive_the_round_trip(vector: np.ndarray) -> None:
 @given(
     st.dictionaries(st.one_of(st.sampled_from(list(FIELDS)), st.text(max_size=5)), SCALARS, max_size=3),
     st.sets(st.sampled_from(list(FIELDS)), max_size=1),
-    st.dictionaries(st.sampled_from(["discriminator", "fakes", "fake_labels", "x"]), any_array(), max_size=2),
+    st.dictionaries(st.sampled_from(["discriminator", "fakes", "fake_labels", "model", "x"]), any_array(), max_size=2),
     st.booleans(),
 )
 def test_hostile_instructions_give_typed_errors_only(

@@ -8,11 +8,11 @@ import torch
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 
-from common.config import ModelConfig
 from common.models.discriminators import discriminator_of
 from common.models.losses import LOSSES
 from common.privacy.clipping import FLOAT_SLACK, clipped_sum
 from common.privacy.randomness import SecureRandom, add_gaussian_noise
+from common.sections import ModelConfig
 
 BATCH, NORM = 6, 0.05
 

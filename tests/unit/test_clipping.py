@@ -17,6 +17,9 @@ from common.privacy.clipping import FLOAT_SLACK, MAX_UNITS, check_no_cross_sampl
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 IMAGES = torch.arange(7)
+# Every discriminator with one loss, and two with every loss. Dropout is off where sums are compared;
+# tests/contracts/test_models.py has it on.
+PAIRS = [(name, loss) for name in DISCRIMINATORS for loss in LOSSES if name in ("dcgan", "mlp") or loss == "bce"]
 PERSONS = torch.tensor([0, 0, 0, 1, 2, 2, 5])  # persons 3 and 4 drew no images; 0 and 2 have several
 
 
@@ -44,14 +47,13 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("method", ["book-keeping", "opacus"])
-@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("units", [IMAGES, PERSONS], ids=["image", "person"])
-@pytest.mark.parametrize("name", DISCRIMINATORS)
+@pytest.mark.parametrize(("name", "loss"), PAIRS)
 def test_every_discriminator_against_the_loop(
     name: str, units: torch.Tensor, num_classes: int, loss: str, method: str
 ) -> None:
-    model = build_discriminator(name, image_size=28, channels=1, num_classes=num_classes, width=4)
+    model = build_discriminator(name, image_size=28, channels=1, num_classes=num_classes, width=4).eval()
     images = random_images(7, 1, 28)
     labels = torch.arange(7) % num_classes if num_classes else None
     norms = [
@@ -185,10 +187,10 @@ def test_chunks_change_nothing_but_rounding() -> None:
 @pytest.mark.parametrize("method", ["book-keeping", "opacus"])
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 def test_one_unit_moves_the_sum_by_at_most_the_bound(name: str, method: str) -> None:
-    model = build_discriminator(name, image_size=28, channels=1, num_classes=0, width=4)
+    model = build_discriminator(name, image_size=28, channels=1, num_classes=0, width=4).eval()
     images = random_images(64, 1, 28) * 3
     units = torch.arange(64) // 2
-    for c in (1e-3, 1.0):
+    for c in (1e-3, 0.03 if name == "conv-dropout" else 1.0):  # of some its gradients are below 1, sure as it is
         whole = real_sum(model, images, units, c, method=method)
         for left_out in (0, 13, 31):
             kept = units != left_out

@@ -8,24 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import (
-    ModelConfig,
-    MomentConfig,
-    PrivacyConfig,
-    RunConfig,
-    Scalar,
-    SimulationConfig,
-    TrainingConfig,
-    flat_fields,
-    load_toml,
-)
+from common.config import PRESETS, RunConfig, expand_preset, flat_fields
 from common.errors import ConfigError, PrivacyError, VisardError
+from common.fields import Scalar, load_toml
 from common.privacy.accounting import epsilon_of
 from common.privacy.planner import run_releases, with_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
+from common.sections import (
+    AugmentationConfig,
+    ModelConfig,
+    MomentConfig,
+    PrivacyConfig,
+    SimulationConfig,
+    TrainingConfig,
+)
 from simulations.recipe import load_recipe, recipe_names
 
-SECTIONS = (ModelConfig, PrivacyConfig, MomentConfig, TrainingConfig, SimulationConfig)
+SECTIONS = (ModelConfig, PrivacyConfig, AugmentationConfig, MomentConfig, TrainingConfig, SimulationConfig)
 
 
 def test_every_field_is_one_key_and_no_two_sections_share_one() -> None:
@@ -87,7 +86,7 @@ def test_an_int_may_stand_for_a_float_and_becomes_one() -> None:
         ("sample-rate", 0.0, 1.0001),
         ("expected-batch", 0.0, float("nan")),
         ("images-per-person", 0, 1001),
-        ("image-size", 31, 128),
+        ("image-size", 31, 129),
         ("channels", 2, 4),
         ("num-classes", 1, 1001),
         ("latent-dim", 0, 1025),
@@ -117,6 +116,15 @@ def test_a_value_out_of_range_is_refused_and_named(key: str, low: Scalar, high: 
         ({"privacy-model": "central", "checkpoint-every": 5}, "checkpoint-every = 5"),
         ({"privacy-model": "local", "checkpoint-every": 2}, "checkpoint-every = 2"),
         ({"moment-rounds": 0, "num-rounds": 0}, "nothing would be trained"),
+        ({"augment": "flip,flop"}, "'flop' is none of flip, crop"),
+        ({"augment": "flip, flip"}, "names one twice"),
+        ({"augment-views": 2}, "all views would be the same"),
+        ({"label-column": "gender"}, "give both, or neither"),
+        ({"label-column": "gender", "label-values": "male,female"}, "set num-classes to 2"),
+        ({"label-column": "gender", "label-values": "male,male", "num-classes": 2}, "names one twice"),
+        ({"person-column": "who"}, "name the CSV"),
+        ({"partitioner": "dirichlet"}, "partition-by = ''"),
+        ({"partitioner": "person", "partition-by": "race"}, "others none"),
         ({"num-classes": 10, "moment-batch": 19}, "moment-batch = 19"),
         ({"num-classes": 10, "generator-batch": 19}, "generator-batch = 19"),
     ],
@@ -230,6 +238,19 @@ def test_a_recipe_by_path_and_overrides_on_top(tmp_path: Path) -> None:
         load_recipe("dmeo", {})
     with pytest.raises(ConfigError, match="no recipe"):
         load_recipe(str(tmp_path / "yours.toml"), {})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_for_options_and_those_beside_it_win(name: str, tmp_path: Path) -> None:
+    assert load_recipe("demo", {"preset": name}).to_flat().items() >= PRESETS[name].items()
+    path = tmp_path / "mine.toml"
+    path.write_text(f'preset = "{name}"\ngenerator-lr = 0.5\n')
+    training = load_recipe(str(path), {}).training
+    assert (training.generator_lr, training.discriminator_lr) == (0.5, PRESETS[name]["discriminator-lr"])
+    # A preset on the command line passes what the recipe says.
+    assert load_recipe(str(path), {"preset": name}).training.generator_lr == PRESETS[name]["generator-lr"]
+    with pytest.raises(ConfigError, match="choose one of classic-adam, slow-adam"):
+        expand_preset({"preset": "fast-adam"})
 
 
 def test_noise_that_was_given_is_kept_where_it_fits_and_refused_where_not() -> None:

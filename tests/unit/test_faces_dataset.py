@@ -1,5 +1,7 @@
 """FaceDataset: its columns fit each other, its units partition the images, and what is saved comes back."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -137,3 +139,32 @@ def test_pickled_arrays_are_never_opened(tmp_path):
     np.savez(path, format=np.array("visard-faces-1"), images=np.array([{}], dtype=object))
     with pytest.raises(DataError):
         FaceDataset.load(path)
+
+
+def test_attributes_of_any_name_come_back_and_follow_their_images(tmp_path):
+    names = ["age", "age.npy", "a/b", "images", "attribute0", "é\n"]
+    columns = {name: np.array([f"{name}{i}" for i in range(5)]) for name in names}
+    whole = FaceDataset(faces().images, attributes=columns)
+    whole.subset(np.array([3, 1])).save(tmp_path / "faces.npz")
+    back = FaceDataset.load(tmp_path / "faces.npz")
+    assert {name: column.tolist() for name, column in back.attributes.items()} == {
+        name: [f"{name}3", f"{name}1"] for name in names
+    }
+
+
+@pytest.mark.parametrize("column", [np.array(["a", "b"]), np.arange(5), np.array([["a"]] * 5)])
+def test_attributes_that_do_not_fit_are_refused(column):
+    with pytest.raises(DataError, match="attribute 'kind'"):
+        FaceDataset(faces().images, attributes={"kind": column})
+
+
+def test_all_faces_of_one_photograph_are_one_unit(tmp_path: Path) -> None:
+    photographs = np.array([0, 0, 1, 2, 2, 2])
+    faces = FaceDataset(np.zeros((6, 1, 28, 28), np.uint8), photographs=photographs)
+    assert [unit.tolist() for unit in faces.units(PrivacyUnit.IMAGE)] == [[0, 1], [2], [3, 4, 5]]
+    faces.save(tmp_path / "faces.npz")
+    again = FaceDataset.load(tmp_path / "faces.npz").subset(np.array([5, 1, 3]))
+    assert again.photographs is not None
+    assert again.photographs.tolist() == [1, 0, 1]
+    with pytest.raises(DataError, match="gaps"):
+        FaceDataset(faces.images, photographs=photographs * 2)

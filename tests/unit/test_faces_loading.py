@@ -11,9 +11,15 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from common.faces import FaceDataset, FaceOptions, SkippedImages, load_faces
+from common.faces import FaceDataset, FaceOptions, SkippedImages, load_faces, read_faces
+from common.faces.gallery import Gallery
+from common.faces.preprocessing import NoFaceFound
+from common.privacy.units import PrivacyUnit
+from common.sections import FaceSource
 
-OPTIONS = FaceOptions(28, 1)
+
+def load(path, size=28, channels=1, *, split="train", cache_dir=None, **source):
+    return load_faces(FaceSource(data=str(path), **source), size, channels, split=split, cache_dir=cache_dir)
 
 
 def put(folder, name, brightness=100, mode="L"):
@@ -31,7 +37,7 @@ def people(tmp_path):
 
 
 def test_a_folder_of_person_folders(people):
-    faces = load_faces(str(people), OPTIONS)
+    faces = load(people)
     assert faces.persons.tolist() == [0, 0, 1]
     assert faces.labels is None
     assert faces.images[:, 0, 5, 5].tolist() == [10, 20, 30]
@@ -40,7 +46,7 @@ def test_a_folder_of_person_folders(people):
 def test_a_folder_of_images_has_no_persons(tmp_path):
     put(tmp_path, "b.png", 60)
     put(tmp_path, "a.png", (50, 50, 50), "RGB")
-    faces = load_faces(str(tmp_path), OPTIONS)
+    faces = load(tmp_path)
     assert faces.persons is None
     assert faces.images[:, 0, 5, 5].tolist() == [50, 60]
 
@@ -49,7 +55,7 @@ def test_hidden_names_are_ignored_without_a_word(people):
     put(people / ".cache", "1.png")
     put(people / "ann", ".hidden.png")
     (people / ".DS_Store").write_bytes(b"x")
-    assert len(load_faces(str(people), OPTIONS)) == 3
+    assert len(load(people)) == 3
 
 
 def test_bad_files_are_counted_in_one_warning(people):
@@ -61,7 +67,7 @@ def test_bad_files_are_counted_in_one_warning(people):
     (people / "only_bad" / "x.png").write_bytes((people / "only_bad" / "x.png").read_bytes()[:50])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        faces = load_faces(str(people), OPTIONS)
+        faces = load(people)
     assert faces.persons.tolist() == [0, 0, 1]
     assert [warning.category for warning in caught] == [SkippedImages]
     message = str(caught[0].message)
@@ -76,7 +82,7 @@ def test_links_that_loop_do_not_hang(people):
     (people / "bob" / "up").symlink_to(people)
     os.mkfifo(people / "ann" / "pipe")
     with pytest.warns(SkippedImages):
-        faces = load_faces(str(people), OPTIONS)
+        faces = load(people)
     assert faces.num_persons == 2  # 'again' sorts before 'ann' and is the same person
     assert len(faces) == 3
 
@@ -93,28 +99,28 @@ def test_sources_without_an_image_are_errors(tmp_path, content):
         else:
             path.write_bytes(data)
     with pytest.raises(DataError, match="no image"):
-        load_faces(str(tmp_path), OPTIONS)
+        load(tmp_path)
 
 
 def test_images_that_all_turn_out_damaged_are_an_error(tmp_path):
     put(tmp_path, "face.png")
     (tmp_path / "face.png").write_bytes((tmp_path / "face.png").read_bytes()[:60])
     with pytest.raises(DataError, match="1 skipped"):
-        load_faces(str(tmp_path), OPTIONS)
+        load(tmp_path)
 
 
 def test_missing_and_mistaken_sources_are_explained(people, tmp_path):
     with pytest.raises(DataError, match="no folder"):
-        load_faces(str(tmp_path / "nowhere"), OPTIONS)
+        load(tmp_path / "nowhere")
     with pytest.raises(DataError, match="hold only folders"):
-        load_faces(str(tmp_path), OPTIONS)
+        load(tmp_path)
     with pytest.raises(DataError, match="split"):
-        load_faces(str(people), OPTIONS, split="test")
+        load(people, split="test")
     with pytest.raises(DataError, match="split"):
-        load_faces(str(people), OPTIONS, split="dev")
+        load(people, split="dev")
     put(people, "loose.png")
     with pytest.raises(DataError, match=r"loose\.png"):
-        load_faces(str(people), OPTIONS)
+        load(people)
 
 
 # IDX
@@ -135,13 +141,13 @@ def digits(tmp_path):
 
 
 def test_idx_splits_labels_and_pixels(digits):
-    train, test = (load_faces(str(digits), OPTIONS, split=split) for split in ("train", "test"))
+    train, test = (load(digits, split=split) for split in ("train", "test"))
     assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert train.persons is None
     assert len(test) == 4
     raw = gzip.decompress((digits / "train-images-idx3-ubyte.gz").read_bytes())
     assert train.images.tobytes() == raw[16:]
-    assert load_faces(str(digits), FaceOptions(32, 3)).images.shape == (6, 3, 32, 32)
+    assert load(digits, 32, 3).images.shape == (6, 3, 32, 32)
 
 
 def test_damaged_idx_is_an_error(digits):
@@ -152,18 +158,18 @@ def test_damaged_idx_is_an_error(digits):
     for wrong in (raw[:-1], raw + b"x", raw[:10], b"", b"\0\0\x0d\3" + raw[4:], idx(np.zeros(6, np.uint8)), huge, flat):
         images.write_bytes(gzip.compress(wrong))
         with pytest.raises(DataError):
-            load_faces(str(digits), OPTIONS)
+            load(digits)
     for wrong in (packed[:-9], packed[:40] + bytes(4) + packed[44:], b"plain", packed[:-4] + bytes(4)):
         images.write_bytes(wrong)
         with pytest.raises(DataError):
-            load_faces(str(digits), OPTIONS)
+            load(digits)
     images.write_bytes(packed)
     labels.write_bytes(idx(np.zeros(5, np.uint8)))
     with pytest.raises(DataError, match="5 labels"):
-        load_faces(str(digits), OPTIONS)
+        load(digits)
     labels.unlink()
     with pytest.raises(DataError, match="labels"):
-        load_faces(str(digits), OPTIONS)
+        load(digits)
 
 
 # .npz
@@ -172,10 +178,10 @@ def test_damaged_idx_is_an_error(digits):
 def test_npz_must_fit_the_options(tmp_path):
     path = tmp_path / "faces.npz"
     FaceDataset(np.zeros((2, 1, 28, 28), np.uint8)).save(path)
-    assert len(load_faces(str(path), OPTIONS)) == 2
-    for other in (FaceOptions(32, 1), FaceOptions(28, 3)):
+    assert len(load(path)) == 2
+    for size, channels in ((32, 1), (28, 3)):
         with pytest.raises(DataError, match="28 pixels"):
-            load_faces(str(path), other)
+            load(path, size, channels)
 
 
 # The cache
@@ -183,28 +189,28 @@ def test_npz_must_fit_the_options(tmp_path):
 
 def test_the_cache_answers_and_is_the_owners_alone(people, tmp_path):
     cache = tmp_path / "state" / "cache"
-    first = load_faces(str(people), OPTIONS, cache_dir=cache)
+    first = load(people, cache_dir=cache)
     (entry,) = cache.iterdir()
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert stat.S_IMODE(entry.stat().st_mode) == 0o600
     FaceDataset(255 - first.images, first.persons).save(entry)  # so that it is seen who answers
-    again = load_faces(str(people), OPTIONS, cache_dir=cache)
+    again = load(people, cache_dir=cache)
     assert np.array_equal(again.images, 255 - first.images)
     entry.write_bytes(b"damaged")
-    assert np.array_equal(load_faces(str(people), OPTIONS, cache_dir=cache).images, first.images)
+    assert np.array_equal(load(people, cache_dir=cache).images, first.images)
 
 
 def test_a_changed_source_is_read_anew_and_the_old_copy_deleted(people, tmp_path):
     cache = tmp_path / "cache"
-    load_faces(str(people), OPTIONS, cache_dir=cache)
-    load_faces(str(people), FaceOptions(28, 1, 0.5), cache_dir=cache)
+    load(people, cache_dir=cache)
+    load(people, crop=0.5, cache_dir=cache)
     assert len(list(cache.iterdir())) == 2
     (cache / f".{next(cache.iterdir()).name}.7.tmp").write_bytes(b"half of a copy")
-    load_faces(str(people), OPTIONS, cache_dir=cache)
+    load(people, cache_dir=cache)
     (people / "ann" / "1.png").unlink()
-    assert load_faces(str(people), FaceOptions(32, 1), cache_dir=cache).persons.tolist() == [0, 1]
+    assert load(people, 32, cache_dir=cache).persons.tolist() == [0, 1]
     (entry,) = cache.iterdir()  # at whatever size, with whatever crop: no copy has the photograph
-    assert load_faces(str(people), OPTIONS, cache_dir=cache).persons.tolist() == [0, 1]
+    assert load(people, cache_dir=cache).persons.tolist() == [0, 1]
     assert len(list(cache.iterdir())) == 2
     assert entry.exists()
     path = people / "bob" / "1.pgm"
@@ -212,32 +218,139 @@ def test_a_changed_source_is_read_anew_and_the_old_copy_deleted(people, tmp_path
     put(people / "bob", "1.pgm", 77)
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert load_faces(str(people), OPTIONS, cache_dir=cache).images[1, 0, 5, 5] == 77
+    assert load(people, cache_dir=cache).images[1, 0, 5, 5] == 77
 
 
 def test_no_copy_outlives_a_source_that_is_gone_or_empty(people, tmp_path):
     cache, other = tmp_path / "cache", tmp_path / "other"
     put(other, "1.png")
-    load_faces(str(other), OPTIONS, cache_dir=cache)
+    load(other, cache_dir=cache)
     (kept,) = cache.iterdir()
-    load_faces(str(people), OPTIONS, cache_dir=cache)
+    load(people, cache_dir=cache)
     shutil.rmtree(people / "ann")
     (people / "bob" / "1.pgm").unlink()
     with pytest.raises(DataError, match="no image"):
-        load_faces(str(people), OPTIONS, cache_dir=cache)
+        load(people, cache_dir=cache)
     assert list(cache.iterdir()) == [kept]
     shutil.rmtree(other)
     with pytest.raises(DataError, match="no folder"):
-        load_faces(str(other), OPTIONS, cache_dir=cache)
+        load(other, cache_dir=cache)
     assert not list(cache.iterdir())
 
 
 def test_splits_and_procedural_faces_are_cached_apart(digits):
     cache = digits / "cache"
-    sizes = [
-        len(load_faces(str(digits), OPTIONS, split=split, cache_dir=cache)) for split in ("train", "test", "train")
-    ]
+    sizes = [len(load(digits, split=split, cache_dir=cache)) for split in ("train", "test", "train")]
     assert sizes == [6, 4, 6]
     for seed in (0, 1, 0):
-        load_faces(f"procedural:persons=2,images=1,seed={seed}", OPTIONS, cache_dir=cache)
+        load(f"procedural:persons=2,images=1,seed={seed}", cache_dir=cache)
     assert len(list(cache.iterdir())) == 4
+
+
+@pytest.fixture
+def table(people):
+    path = people.with_name("who.csv")
+    path.write_text("file,who,mood\nann/1.png,Ann,glad\nann/2.jpg,Ann,sad\nbob/1.pgm,Bob,glad\n")
+    return path
+
+
+def test_what_a_csv_no_longer_says_is_in_no_copy(people, table, tmp_path):
+    cache = tmp_path / "cache"
+    asked = {"attributes": str(table), "person_column": "who", "cache_dir": cache}
+    assert len(load(people, **asked)) == 3
+    load(people, crop=0.5, **asked)
+    assert len(list(cache.iterdir())) == 2
+    table.write_text(table.read_text().replace("ann/1.png,Ann,glad\n", ""))
+    with pytest.warns(SkippedImages, match="no row"):
+        faces = load(people, **asked)
+    assert faces.images[:, 0, 5, 5].tolist() == [20, 30]
+    assert len(list(cache.iterdir())) == 1
+    load(people, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 1  # how it was with the CSV is gone
+    with pytest.warns(SkippedImages, match="no row"):
+        load(people, **asked)
+    table.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        load(people, **asked)
+    assert not list(cache.iterdir())
+
+
+def test_every_way_of_reading_has_a_copy_of_its_own(people, table, tmp_path):
+    """Each change of a field of FaceSource changes the outcome here; none may be answered with another's copy."""
+    table.write_text(
+        "image;file;who;name;mood\n"
+        + "\n".join(
+            f"{file};{file};{who};{name};{mood}"
+            for file, who, name, mood in [
+                ("ann/1.png", "A", "C", "glad"),
+                ("ann/2.jpg", "A", "C", "sad"),
+                ("bob/1.pgm", "B", "C", "glad"),
+            ]
+        )
+    )
+    asked = {"attributes": str(table), "person_column": "who", "label_column": "mood", "label_values": "sad,glad"}
+    others = [
+        {},
+        {"person_column": "name"},
+        {"person_column": "name", "file_column": "image"},
+        {"label_values": "glad,sad"},
+        {"label_values": "C", "label_column": "name"},
+        {"crop": 0.5},
+    ]
+    cache = tmp_path / "cache"
+    for size in (28, 32):
+        for other in others:
+            plain, kept = load(people, size, **(asked | other)), load(people, size, cache_dir=cache, **(asked | other))
+            again = load(people, size, cache_dir=cache, **(asked | other))
+            for faces in (kept, again):
+                for column in ("images", "persons", "labels"):
+                    assert np.array_equal(getattr(faces, column), getattr(plain, column))
+                assert {n: c.tolist() for n, c in faces.attributes.items()} == {
+                    n: c.tolist() for n, c in plain.attributes.items()
+                }
+    assert len(list(cache.iterdir())) == 2 * len(others)
+
+
+def test_plain_arrays_are_cached_and_forgotten(tmp_path):
+    cache, path = tmp_path / "cache", tmp_path / "plain.npz"
+    np.savez(path, images=np.full((3, 40, 30), 7, np.uint8))
+    assert len(load(path, cache_dir=cache)) == len(load(path, cache_dir=cache)) == 3
+    np.savez(path, images=np.full((2, 40, 30), 9, np.uint8))
+    assert load(path, cache_dir=cache).images.max() == 9
+    assert len(list(cache.iterdir())) == 1
+    path.unlink()
+    with pytest.raises(DataError):
+        load(path, cache_dir=cache)
+    assert not list(cache.iterdir())
+
+
+# The account
+
+
+def test_the_account_names_every_face_and_everything_left_out(people):
+    (people / "ann" / "3.png").write_bytes(b"damaged")
+    (people / "notes.txt").write_text("not a face")
+    reading = read_faces(FaceSource(data=str(people)), 28, 1)
+    assert reading.names == ("ann/1.png", "ann/2.jpg", "bob/1.pgm")
+    assert [name for name, _ in reading.skipped] == ["notes.txt", "ann/3.png"]
+    with pytest.warns(SkippedImages, match="2 skipped"):
+        assert np.array_equal(load(people).images, reading.faces.images)
+
+
+def test_several_faces_of_a_photograph_have_its_name_label_and_attributes():
+    several = {"a": 1, "b": 3, "c": 0, "d": 2}
+
+    def decode(name, options):
+        if not several[name]:
+            raise NoFaceFound("no face found")
+        return [np.full((1, 28, 28), 10 * several[name] + i, np.uint8) for i in range(several[name])]
+
+    gallery = Gallery("here", "abcd", decode, "abcd", None, np.arange(4), {"kind": np.array(["k", "l", "m", "n"])})
+    reading = gallery.cut(FaceOptions(28, 1, detect="all"))
+    assert "".join(reading.names) == "abbbdd"
+    assert reading.faces.images[:, 0, 0, 0].tolist() == [10, 30, 31, 32, 20, 21]
+    assert reading.faces.labels.tolist() == [0, 1, 1, 1, 3, 3]
+    assert "".join(reading.faces.attributes["kind"]) == "klllnn"
+    assert reading.skipped == (("c", "no face found"),)
+    assert reading.faces.photographs.tolist() == [0, 1, 1, 1, 2, 2]
+    assert len(reading.faces.units(PrivacyUnit.IMAGE)) == 3

@@ -7,6 +7,7 @@ import pytest
 
 from common.errors import DataError
 from common.faces import FaceOptions, load_faces, procedural_faces
+from common.sections import FaceSource
 
 OPTIONS = FaceOptions(32, 3)
 
@@ -76,11 +77,11 @@ def test_the_mean_face_is_a_face():
 
 
 def test_the_source_string():
-    faces = load_faces("procedural:persons=3,images=2,seed=9", OPTIONS)
+    faces = load_faces(FaceSource(data="procedural:persons=3,images=2,seed=9"), 32, 3)
     assert faces.persons.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.array_equal(faces.images, procedural_faces(range(3), 2, OPTIONS, 9).images)
-    assert len(load_faces("procedural:persons=1", OPTIONS)) == 10
-    later = load_faces("procedural:persons=1,images=2,seed=9,first=2", OPTIONS)
+    assert len(load_faces(FaceSource(data="procedural:persons=1"), 32, 3)) == 10
+    later = load_faces(FaceSource(data="procedural:persons=1,images=2,seed=9,first=2"), 32, 3)
     assert np.array_equal(later.images, faces.images[4:])
 
 
@@ -100,7 +101,7 @@ def test_the_source_string():
 )
 def test_wrong_source_strings_are_errors(text):
     with pytest.raises(DataError):
-        load_faces(f"procedural:{text}", OPTIONS)
+        load_faces(FaceSource(data=f"procedural:{text}"), 32, 3)
 
 
 @pytest.mark.parametrize(("persons", "seed"), [([1, 1], 0), ([-1], 0), ([0], -1), ([0], 2**32), ([], 0)])

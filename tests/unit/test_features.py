@@ -8,7 +8,7 @@ from common.errors import ConfigError
 from common.models.features import Group, RandomFeatures
 
 
-@pytest.mark.parametrize("image_size", [28, 32, 64])
+@pytest.mark.parametrize("image_size", [28, 32, 64, 128])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_norm_never_exceeds_one(image_size: int, channels: int) -> None:
     features = RandomFeatures(image_size, channels, seed=3)
@@ -36,13 +36,20 @@ def test_the_norm_holds_in_bfloat16_too() -> None:
 
 
 def test_against_a_naive_loop() -> None:
-    groups = (Group(3, 2, 4, 0.3), Group(5, 4, 2, 0.2, "contrast"), Group(28, 1, 5, 0.5, "colour"))
+    groups = (
+        Group(3, 2, 4, 0.3),
+        Group(5, 4, 2, 0.2, "contrast"),
+        Group(28, 1, 5, 0.5, "colour"),
+        Group(4, 3, 3, 0.2, shrink=2),
+    )
     features = RandomFeatures(28, 3, seed=5, groups=groups)
     image = torch.rand((1, 3, 28, 28), generator=torch.Generator().manual_seed(1)) * 2 - 1
     pixels = ((image[0] + 1) / 2).double().numpy()
     expected: list[float] = []
-    for index, (kernel, stride, filters, _, _) in enumerate(groups):
-        weight = getattr(features, f"weight{index}").double().numpy()
+    for index, (kernel, stride, filters, _, _, shrink) in enumerate(groups):
+        # A filter on means over squares is a filter of the pixels, each cell spread over its square.
+        weight = np.kron(getattr(features, f"weight{index}").double().numpy(), np.ones((shrink, shrink))) / shrink**2
+        kernel, stride = kernel * shrink, stride * shrink
         places = range(0, 28 - kernel + 1, stride)
         responses = np.array(
             [
@@ -53,7 +60,7 @@ def test_against_a_naive_loop() -> None:
             ]
         )
         for wave in (np.cos, np.sin):
-            expected += list(wave(responses) / math.sqrt(3 * len(responses)))
+            expected += list(wave(responses) / math.sqrt(len(groups) * len(responses)))
     assert features.dim == len(expected)
     np.testing.assert_allclose(features(image)[0].numpy(), expected, rtol=2e-4, atol=2e-6)
 
@@ -69,7 +76,7 @@ def test_the_seed_is_all() -> None:
 
 
 def test_every_pixel_counts() -> None:
-    for image_size in (28, 32, 64):
+    for image_size in (28, 32, 64, 128):
         features = RandomFeatures(image_size, 1, seed=0)
         images = torch.zeros((1, 1, image_size, image_size), requires_grad=True)
         features(images).sum().backward()

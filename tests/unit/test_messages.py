@@ -17,7 +17,8 @@ WEIGHTS = np.arange(5, dtype=np.float32)
 
 
 def gradients(**overrides: Any) -> RoundInstructions:
-    return gradient_instructions(tiny_config(privacy_model="local", **overrides), WEIGHTS, 3)
+    config = tiny_config(privacy_model="local", augment="flip, blur", augment_views=2, **overrides)
+    return gradient_instructions(config, WEIGHTS, 3)
 
 
 def several(num_classes: int = 0) -> RoundInstructions:
@@ -82,6 +83,8 @@ def test_the_digest_sees_every_field() -> None:
         dataclasses.replace(base, stage=Stage.MOMENTS),
         dataclasses.replace(base, model=dataclasses.replace(base.model, loss="hinge")),
         dataclasses.replace(base, privacy=dataclasses.replace(base.privacy, images_per_person=3)),
+        dataclasses.replace(base, augmentation=dataclasses.replace(base.augmentation, augment="blur, flip")),
+        dataclasses.replace(base, augmentation=dataclasses.replace(base.augmentation, augment_views=3)),
         dataclasses.replace(base, discriminator=WEIGHTS + np.float32(2**-20)),
         dataclasses.replace(base, discriminator=WEIGHTS[::-1]),
         dataclasses.replace(base, fakes=255 - base.fakes),  # type: ignore[operator]
@@ -144,6 +147,20 @@ def altered(make: Callable[[], RoundInstructions], **scalars: Any) -> RecordDict
         {"model__discriminator_width": 4.5},
         {"model__loss": None},
         {"model__surprise": 1},
+        {"model__weight_clip": 0.0},
+        {"augmentation__augment": "torch.load"},
+        {"augmentation__augment": "flip, flip"},
+        {"augmentation__augment": ""},
+        {"augmentation__augment": None},
+        {"augmentation__augment": b"flip"},
+        {"augmentation__augment": ["flip"]},
+        {"augmentation__augment_views": 0},
+        {"augmentation__augment_views": 65},
+        {"augmentation__augment_views": 2.0},
+        {"augmentation__augment_views": "2"},
+        {"augmentation__surprise": 1},
+        {"augmentation": "flip"},
+        {"model": 1},
         {"privacy__privacy_model": "trusted"},
         {"privacy__privacy_model": 3},
         {"privacy__unit": "album"},
@@ -306,6 +323,10 @@ def test_records_of_other_kinds_and_names_are_refused() -> None:
             {name: MetricRecord({"server_round": 3}), "arrays": arrays},
             {name: scalars, "arrays": arrays, "more": ConfigRecord({})},
             {name: scalars, "arrays": ArrayRecord({})},
+            *(
+                {name: scalars, "arrays": ArrayRecord({**arrays, section: raw(WEIGHTS)})}  # type: ignore[dict-item]
+                for section in ("model", "privacy", "augmentation", "server_round")
+            ),
             {name: scalars, "arrays": ArrayRecord({**arrays, "more": raw(WEIGHTS)})},  # type: ignore[dict-item]
         ]
         for records in hostile:

@@ -9,11 +9,13 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client.policy import OwnerPolicy, simulated_owner
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.errors import ConfigError, PrivacyError, VisardError
-from common.faces import FaceOptions, load_faces
+from common.faces import load_faces
+from common.fields import Scalar
 from common.messages import RoundInstructions
 from common.privacy.units import PrivacyModel, PrivacyUnit
+from common.sections import FaceSource
 from tests.support import gradient_instructions, tiny_config
 
 OWNER: dict[str, Scalar] = {"data": "/faces", "state-dir": "/state", "max-epsilon": 3.0}
@@ -30,7 +32,7 @@ def asked(model: str, unit: str = "person") -> RoundInstructions:
 
 def test_the_least_that_an_owner_says_is_strict() -> None:
     policy = policy_of(OWNER)
-    assert policy == OwnerPolicy("/faces", Path("/state"), 3.0)
+    assert policy == OwnerPolicy(data="/faces", state_dir=Path("/state"), max_epsilon=3.0)
     assert (policy.unit, policy.allow_central, policy.allow_non_private) == (PrivacyUnit.PERSON, False, False)
     policy.check(asked("local"))
     for model, told in (("central", "allow-central"), ("none", "allow-non-private")):
@@ -91,6 +93,10 @@ def test_a_missing_key_is_named(key: str) -> None:
         {"delta": float("nan")},
         {"crop": 0.0},
         {"crop": 1.5},
+        {"detect": "some"},
+        {"person-column": "name"},
+        {"label-column": "age"},
+        {"label-column": "age", "label-values": "1,2,1"},
         {"unit": "album"},
         {"unit": 1},
         {"data": 7},
@@ -113,12 +119,11 @@ def simulated(client: int, clients: int, **run: Scalar) -> OwnerPolicy:
 
 @pytest.mark.parametrize("clients", [1, 3, 7])
 def test_simulated_clients_draw_disjoint_persons_and_together_all(clients: int) -> None:
-    options = FaceOptions(28, 1)
-    whole = load_faces("procedural:persons=7,images=2,seed=5", options)
+    whole = load_faces(FaceSource(data="procedural:persons=7,images=2,seed=5"), 28, 1)
     shares = []
     for client in range(clients):
         policy = simulated(client, clients, data="procedural:persons=7,images=2,seed=5")
-        shares.append(load_faces(policy.data, options))
+        shares.append(load_faces(policy.source, 28, 1))
     np.testing.assert_array_equal(np.concatenate([share.images for share in shares]), whole.images)
     assert sum(share.num_persons for share in shares) == 7
 
@@ -137,10 +142,41 @@ def test_a_simulated_owner_s_budget_is_the_run_s() -> None:
 
 def test_a_simulated_folder_needs_the_placeholder() -> None:
     assert simulated(3, 5, data="/faces/{client}/all").data == "/faces/3/all"
+    part = simulated(3, 5, data="flwr-datasets:/faces,partitions=5,partition={client}")
+    assert part.data == "flwr-datasets:/faces,partitions=5,partition=3"
     with pytest.raises(ConfigError, match="own faces"):
         simulated(3, 5, data="/faces")
     with pytest.raises(VisardError):
         simulated(0, 2, data="procedural:persons=many")
+
+
+def test_a_simulated_owner_reads_its_faces_as_the_run_says() -> None:
+    said: dict[str, Scalar] = {
+        "data": "/faces/{client}",
+        "crop": 0.7,
+        "detect": "largest",
+        "attributes": "/faces/{client}.csv",
+        "file_column": "image",
+        "person_column": "who",
+        "label_column": "smile",
+        "label_values": "no,yes",
+    }
+    assert set(said) == {field.name for field in dataclasses.fields(FaceSource)}
+    filled = {"data": "/faces/2", "attributes": "/faces/2.csv"}
+    assert simulated(2, 4, **said, num_classes=2).source == FaceSource(**(said | filled))  # type: ignore[arg-type]
+
+
+def test_every_way_of_reading_is_the_owner_s_to_choose() -> None:
+    keys: dict[str, Any] = {
+        "attributes": "utkface",
+        "label-column": "gender",
+        "label-values": "male,female",
+        "crop": 0.6,
+    }
+    policy = policy_of(OWNER | keys, RunConfig().to_flat())
+    assert policy.source == FaceSource(
+        data="/faces", attributes="utkface", label_column="gender", label_values="male,female", crop=0.6
+    )
 
 
 def test_a_policy_cannot_be_loosened_in_place() -> None:

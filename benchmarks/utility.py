@@ -1,9 +1,9 @@
-"""Accuracy of a CNN trained on synthetic digits and tested on the real test set, beside moments only with as many generator steps.
+"""Accuracy of a CNN trained on synthetic images and tested on the real test set, beside moments only with as many generator steps.
 
-    python benchmarks/mnist.py --data FOLDER [--arm moments central local] [--seed 0] [--set num-rounds=200 ...]
+    python benchmarks/utility.py mnist --data FOLDER [--arm moments central local] [--seed 0] [--set num-rounds=200 ...]
 
-Every arm is `visard simulate mnist` with other options; each appends one JSON line to benchmarks/results/mnist.jsonl. The test set is
-read once, after training.
+The recipe is mnist or fashion-mnist, whose folders have a test set. Every arm is `visard simulate RECIPE` with other options; each
+appends one JSON line to benchmarks/results/utility.jsonl. The test set is read once, after training.
 """
 
 import argparse
@@ -19,21 +19,22 @@ from pathlib import Path
 import torch
 
 from common.applications.generate import TrainedGenerator
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.evaluation.utility import synthetic_accuracy
-from common.faces import FaceOptions, load_faces
+from common.faces import load_faces
+from common.fields import Scalar
 from server.progress import PlainProgress
 from server.records import epsilon_so_far
 from simulations.recipe import load_recipe
 from simulations.simulate import prepare, simulate
 
-RESULTS = Path(__file__).parent / "results" / "mnist.jsonl"
+RESULTS = Path(__file__).parent / "results" / "utility.jsonl"
 SYNTHETIC_IMAGES = 20_000
 
 
-def arm_config(arm: str, overrides: dict[str, Scalar]) -> RunConfig:
+def arm_config(recipe: str, arm: str, overrides: dict[str, Scalar]) -> RunConfig:
     """The recipe; `moments` gets the adversarial stage's generator steps as moment steps instead."""
-    config = load_recipe("mnist", {**overrides, **({"privacy-model": arm} if arm != "moments" else {})})
+    config = load_recipe(recipe, {**overrides, **({"privacy-model": arm} if arm != "moments" else {})})
     if arm == "moments":
         extra = config.training.num_rounds // config.training.discriminator_steps
         moments = dataclasses.replace(config.moments, moment_steps=config.moments.moment_steps + extra)
@@ -43,17 +44,17 @@ def arm_config(arm: str, overrides: dict[str, Scalar]) -> RunConfig:
     return config
 
 
-def run_arm(arm: str, overrides: dict[str, Scalar], keep: Path | None) -> dict[str, object]:
+def run_arm(recipe: str, arm: str, overrides: dict[str, Scalar], keep: Path | None) -> dict[str, object]:
     """Train one arm and measure it."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = (keep or Path(scratch)) / f"mnist-{arm}-{overrides['seed']}"
-        state, digits = prepare(directory, arm_config(arm, overrides))
+        directory = (keep or Path(scratch)) / f"{recipe}-{arm}-{overrides['seed']}"
+        state, digits = prepare(directory, arm_config(recipe, arm, overrides))
         outcome = simulate(directory, state, digits, [PlainProgress()])
         trained = time.monotonic() - began
         images, labels = TrainedGenerator.load(directory).draw(SYNTHETIC_IMAGES, seed=1)
     config = state.config
-    real = load_faces(config.simulation.data, FaceOptions(28, 1), split="test")
+    real = load_faces(config.simulation, config.model.image_size, config.model.channels, split="test")
     accuracy = synthetic_accuracy(
         torch.from_numpy(images),
         torch.from_numpy(labels),
@@ -63,6 +64,7 @@ def run_arm(arm: str, overrides: dict[str, Scalar], keep: Path | None) -> dict[s
     )
     _, tight = max(outcome.ledgers)
     return {
+        "recipe": recipe,
         "arm": arm,
         "accuracy": round(100 * accuracy, 2),
         "epsilon_rdp": epsilon_so_far(state),
@@ -86,7 +88,8 @@ def run_arm(arm: str, overrides: dict[str, Scalar], keep: Path | None) -> dict[s
 def main() -> None:
     """Run the arms that were asked for and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with MNIST's four IDX files")
+    parser.add_argument("recipe", choices=["mnist", "fashion-mnist"])
+    parser.add_argument("--data", required=True, help="folder with the four IDX files")
     parser.add_argument(
         "--arm", nargs="+", choices=["moments", "central", "local"], default=["moments", "central", "local"]
     )
@@ -101,7 +104,7 @@ def main() -> None:
     rows = []
     for seed in options.seed:
         for arm in options.arm:
-            row = run_arm(arm, {**overrides, "seed": seed}, options.keep)
+            row = run_arm(options.recipe, arm, {**overrides, "seed": seed}, options.keep)
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

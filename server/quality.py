@@ -1,0 +1,58 @@
+"""Whether the faces are good enough to stop: figures of fakes, and of fakes beside public faces."""
+
+import torch
+
+from common.device import half_precision
+from common.errors import DataError
+from common.evaluation.fidelity import FrechetDistance
+from common.faces import load_faces
+from common.sections import FaceSource
+from server.checkpoint import CoordinatorState
+from server.generator import draw_latents
+
+_FAKES = 2000
+_REFERENCES = 10_000
+_BATCH = 250
+
+
+class Judge:
+    """Measures the generator's moving average now and then, and ends a run whose `stop-when` is met.
+
+    It reads the `reference` faces, which are the coordinator's own and public, and never a client's.
+    """
+
+    def __init__(self, state: CoordinatorState) -> None:
+        """Raises DataError where there is a reference that cannot be read."""
+        config = state.config
+        self._condition = config.training.stop_condition
+        self._distance: FrechetDistance | None = None
+        if config.training.reference:
+            source = FaceSource(
+                data=config.training.reference, crop=config.simulation.crop, detect=config.simulation.detect
+            )
+            faces = load_faces(source, config.model.image_size, config.model.channels)
+            if len(faces) < 2:
+                raise DataError(f"reference = {config.training.reference!r} holds {len(faces)} faces: give 2 or more")
+            order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(0))[:_REFERENCES].numpy()
+            device = next(state.ema.parameters()).device
+            self._distance = FrechetDistance(faces.tensor(order).to(device))
+
+    def look(self, state: CoordinatorState, *, measure: bool) -> None:
+        """Add the figures to `state.last`, those that take time only where `measure`; end the run where they say so."""
+        if measure and self._distance is not None:
+            state.last["frechet"] = round(self._distance(_fakes(state)), 4)
+        if self._condition is not None and self._condition.met(state.last):
+            state.stopped = f"{state.config.training.stop_when} at {state.last[self._condition.key]:.4g}"
+
+
+@torch.no_grad()
+def _fakes(state: CoordinatorState) -> torch.Tensor:
+    """Faces of the moving average on latents of their own, the same each time: the run's randomness is left alone."""
+    rng = torch.Generator().manual_seed(state.config.training.seed + 2)
+    device = next(state.ema.parameters()).device
+    drawn = []
+    for _ in range(_FAKES // _BATCH):
+        latents, labels = draw_latents(state.config, _BATCH, rng)
+        with half_precision(device):
+            drawn.append(state.ema(latents.to(device), None if labels is None else labels.to(device)).float())
+    return torch.cat(drawn)
