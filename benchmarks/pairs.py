@@ -116,7 +116,7 @@ def between_drawn_sets(size: int) -> float:
         for data in (PUBLIC, PUBLIC.replace("100000", "200000"))
     ]
     real, fresh = (torch.from_numpy(faces.images).float().div(127.5).sub(1) for faces in sets)
-    return round(FrechetDistance(real)(fresh), 2)
+    return round(FrechetDistance([real])([fresh]), 2)
 
 
 def main() -> None:

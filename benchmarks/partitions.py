@@ -69,9 +69,9 @@ def run_arm(arm: str, train: Path, held: FaceDataset, overrides: dict[str, Scala
     races = held.attributes["race"]
     return {
         "arm": arm,
-        "frechet": round(FrechetDistance(real)(fakes), 1),
+        "frechet": round(FrechetDistance([real])([fakes]), 1),
         "frechet_by_race": {
-            str(race): round(FrechetDistance(real[torch.from_numpy(races == race)])(fakes), 1)
+            str(race): round(FrechetDistance([real[torch.from_numpy(races == race)]])([fakes]), 1)
             for race in np.unique(races)
         },
         "gender_accuracy": round(100 * accuracy, 1),

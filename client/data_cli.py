@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from client.cli import with_source_options
-from common.errors import ConfigError
+from common.faces.places import local_path, refuse_among
 from common.privacy.units import PrivacyUnit
 from common.sections import FaceSource
 
@@ -67,16 +67,8 @@ def check(
 
 def _folder(data: str, out: Path | None) -> Path | None:
     """Where to write; None for a source without a path. Raises ConfigError where that is among the faces."""
-    from common.faces.loading import SCHEMES
-
-    if data.partition(":")[0] in SCHEMES:
-        return None if out is None else out.expanduser().resolve()
-    place = Path(data).expanduser().resolve()
-    if out is None:
-        return place.with_name(place.name + ".visard") / "check"
-    out = out.expanduser().resolve()
-    if out == place or place in out.parents:
-        raise ConfigError(
-            f"--out {out} lies among the faces, and its pictures would be read as faces: name a folder outside"
-        )
-    return out
+    if out is not None:
+        refuse_among(out, data)
+        return out.expanduser().resolve()
+    place = local_path(data)
+    return None if place is None else place.with_name(place.name + ".visard") / "check"

@@ -63,11 +63,6 @@ class RunConfig:
             self.moments.moment_rounds + self.training.num_rounds > 0,
             "moment-rounds = 0 and num-rounds = 0: nothing would be trained; set one of them",
         )
-        require(
-            not private or not self.training.reference or self.training.reference != self.simulation.data,
-            f"reference = {self.training.reference!r} is what the clients hold: comparing to it would tell of them unnoised; "
-            "give public faces",
-        )
         values = listed(self.simulation.label_values)
         require(
             not values or len(values) == self.model.num_classes,

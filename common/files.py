@@ -4,11 +4,15 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to the disk, then rename over it. Raises OSError; then `path` is as it was."""
+def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write beside `path`, flush to the disk, then rename over it. Raises OSError; then `path` is as it was.
+
+    private: for the owner's eyes alone (0600), from the first byte.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.fields import between, listed, one_of, option, require
 from common.privacy.units import PrivacyModel, PrivacyUnit
-from common.stopping import StopCondition
+from common.stopping import FIGURES, StopCondition
 
 IMAGE_SIZES = (28, 32, 64, 128)
 CHANNELS = (1, 3)
@@ -147,7 +147,7 @@ class TrainingConfig:
     round_timeout_s: float = option(600.0, "seconds the coordinator waits for a round's updates")
     sample_every: int = option(50, "rounds between two pictures, and between two looks at stop-when's frechet")
     stop_when: str = option(
-        "", "end early at NAME<VALUE or NAME>VALUE of a figure in rounds.jsonl, such as frechet<20; empty: never"
+        "", f"end early at NAME<VALUE or NAME>VALUE, NAME one of {', '.join(FIGURES)}; empty: never"
     )
     reference: str = option("", "PUBLIC faces at the coordinator, to which frechet compares; read like --data")
     checkpoint_every: int = option(1, "rounds between checkpoints (more than 1: non-private runs only)")

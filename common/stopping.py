@@ -31,7 +31,7 @@ class StopCondition:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Parse NAME<VALUE or NAME>VALUE. Raises ConfigError."""
-        found = re.fullmatch(r"\s*([a-z-]+)\s*([<>])\s*(\S+)\s*", text)
+        found = re.fullmatch(r"\s*([a-z-]+)\s*([<>])\s*(\S+)\s*", text.replace("_", "-"))
         try:
             value = float(found[3]) if found else math.nan
         except ValueError:

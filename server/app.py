@@ -1,5 +1,6 @@
 """The coordinator's Flower app: parse, build, call `coordinate`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,12 +9,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import RunConfig
 from common.errors import ConfigError
+from common.faces.places import absolute, overlap
 from common.fields import Scalar
 from common.privacy.planner import with_noise
+from common.privacy.units import PrivacyModel
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.coordinator import Observer, coordinate
 from server.exchange import Exchange
 from server.progress import PlainProgress
+from server.quality import Judge
 from server.records import RunRecorder
 
 # What a run may do otherwise when it is resumed: neither its promise nor its result depends on it.
@@ -47,21 +51,44 @@ def open_run(
                 f"--{', --'.join(sorted(fixed))}, or start a new run"
             )
         state = CheckpointStore(directory).load()
-        state.config = RunConfig.from_flat({**state.config.to_flat(), **(changes or {})})
-        if {"min-clients", "stop-when"} & set(changes or {}):
-            state.stopped = ""  # these may have ended it
+        before = state.config.training.stop_when
+        state.config = with_places(RunConfig.from_flat({**state.config.to_flat(), **(changes or {})}))
+        # Budgets may have been raised, or others come: to ask for the same round again costs nobody anything.
+        if state.ended_by == "budgets" or state.config.training.stop_when != before:
+            state.ended_by = state.stopped = ""
         return state
     if CheckpointStore(directory).path.exists():
         raise ConfigError(f"{directory} holds a run already: continue it with --resume, or give another --name")
-    return CoordinatorState.fresh(with_noise(config))
+    return CoordinatorState.fresh(with_noise(with_places(config)))
+
+
+def with_places(config: RunConfig) -> RunConfig:
+    """The configuration with paths that mean the same from any folder.
+
+    Raises ConfigError where the reference of a private run is among the faces that are simulated clients': comparing to
+    it would tell of them without noise.
+    """
+    simulation, training = config.simulation, config.training
+    private = config.privacy.privacy_model is not PrivacyModel.NONE
+    if private and training.reference and overlap(training.reference, simulation.data):
+        raise ConfigError(
+            f"reference = {training.reference!r} is among what the clients hold, and comparing to it would tell of them without "
+            "noise: give public faces"
+        )
+    attributes = absolute(simulation.attributes)
+    simulation = dataclasses.replace(simulation, data=absolute(simulation.data), attributes=attributes)
+    training = dataclasses.replace(training, reference=absolute(training.reference))
+    return dataclasses.replace(config, simulation=simulation, training=training)
 
 
 def run(grid: Grid, state: CoordinatorState, directory: Path, observers: Sequence[Observer] = ()) -> Path:
     """Train to the end, writing all of `runs/NAME/`. Returns the path of the last picture."""
+    judge = Judge(state)  # before anything is written: its faces may not be there
     directory.mkdir(parents=True, exist_ok=True)
     recorder = RunRecorder(directory, state)
     coordinate(
         state,
+        judge,
         Exchange(grid, state.config.training),
         CheckpointStore(directory),
         [recorder, *observers],

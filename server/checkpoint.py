@@ -34,8 +34,9 @@ class CoordinatorState:
     """All that a run is between two rounds. Mutable; the round loop is its only writer.
 
     ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged:
-    for each node that was asked, its moment rounds and its gradient steps, answered or not. last: figures of the last
-    round. stopped: why the run ended before its last round, or empty.
+    for each node that was asked, its moment rounds and gradient steps, answered or not, and the last round that it was
+    asked. asked_round: the last round that anybody was. last: figures of the last round. ended_by: `figure` or `budgets`
+    where the run ended before its last round, and stopped: why.
     """
 
     config: RunConfig
@@ -55,6 +56,8 @@ class CoordinatorState:
     seconds: float = 0.0
     charged: dict[str, list[int]] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    asked_round: int = 0
+    ended_by: str = ""
     stopped: str = ""
 
     @classmethod
@@ -106,6 +109,8 @@ _PLAIN = (
     "seconds",
     "charged",
     "last",
+    "asked_round",
+    "ended_by",
     "stopped",
 )
 _MODULES = ("generator", "ema", "discriminator")

@@ -51,6 +51,7 @@ class Observer(Protocol):
 
 def coordinate(
     state: CoordinatorState,
+    judge: Judge,
     exchange: Exchange,
     store: CheckpointStore,
     observers: Sequence[Observer],
@@ -60,7 +61,7 @@ def coordinate(
 
     Raises CohortTooSmall or CheckpointError; the checkpoint then holds all that was achieved.
     """
-    trainer, judge = GeneratorTrainer(state), Judge(state)
+    trainer = GeneratorTrainer(state)
     config = state.config
     store.save(state)
     for server_round in range(state.next_round, state.last_round + 1):
@@ -72,7 +73,7 @@ def coordinate(
         try:
             gradient = collect(state, exchange, instructions, new_random(state))
         except BudgetsSpent as error:
-            state.stopped = str(error)
+            state.ended_by, state.stopped = "budgets", str(error)
             log.warning("%s", error)
             break
         if instructions.stage is Stage.MOMENTS:
@@ -95,7 +96,8 @@ def coordinate(
             "update_norm": gradient.norm().item(),
         }
         last = server_round == state.last_round
-        judge.look(state, measure=server_round % config.training.sample_every == 0 or last)
+        if instructions.stage is Stage.GRADIENTS:
+            judge.look(state, measure=server_round % config.training.sample_every == 0 or last)
         if server_round % config.training.checkpoint_every == 0 or last or state.stopped:
             store.save(state)
         for observer in observers:
@@ -152,26 +154,23 @@ def collect(
     else:
         dimension = num_parameters(state.discriminator)
     nodes = exchange.wait_for_clients()
-    try:
-        gradient = average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
-    except BudgetsSpent:
-        # Some have answered: the round is over, and void, and its charge stands.
-        state.next_round = instructions.server_round + 1
-        _note_charged(state, instructions, nodes)
-        raise
-    _note_charged(state, instructions, nodes)
-    return gradient
+    state.asked_round = instructions.server_round
+    if instructions.privacy.privacy_model is not PrivacyModel.NONE:
+        for node in nodes:
+            note_charged(state, instructions, node)
+    return average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
 
 
-def _note_charged(state: CoordinatorState, instructions: RoundInstructions, nodes: Sequence[int]) -> None:
-    if instructions.privacy.privacy_model is PrivacyModel.NONE:
+def note_charged(state: CoordinatorState, instructions: RoundInstructions, node: int) -> None:
+    """Count what a node was asked, once a round: asked again, it sends again what it sent."""
+    charged = state.charged.setdefault(str(node), [0, 0, 0])
+    if charged[2] == instructions.server_round:
         return
-    for node in nodes:
-        charged = state.charged.setdefault(str(node), [0, 0])
-        if instructions.stage is Stage.MOMENTS:
-            charged[0] += 1
-        else:
-            charged[1] += instructions.local_steps
+    charged[2] = instructions.server_round
+    if instructions.stage is Stage.MOMENTS:
+        charged[0] += 1
+    else:
+        charged[1] += instructions.local_steps
 
 
 def discriminator_step(

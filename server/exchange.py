@@ -44,8 +44,8 @@ class Exchange:
         wanted, deadline = self._training.min_clients, time.monotonic() + self._training.round_timeout_s
         wait, told = _FIRST_WAIT_S, False
         while len(nodes := sorted(set(self._grid.get_node_ids()) - self.spent)) < wanted:
-            self._end_where_spent(len(nodes))
             if time.monotonic() > deadline:
+                self._end_where_spent(len(nodes))
                 raise CohortTooSmall(
                     f"{len(nodes)} clients are connected after {self._training.round_timeout_s:g} s and min-clients is {wanted}: "
                     "start more clients and --resume, also with a smaller --min-clients"

@@ -1,5 +1,7 @@
 """Whether the faces are good enough to stop: figures of fakes, and of fakes beside public faces."""
 
+from collections.abc import Iterator
+
 import torch
 
 from common.device import half_precision
@@ -30,29 +32,31 @@ class Judge:
             source = FaceSource(
                 data=config.training.reference, crop=config.simulation.crop, detect=config.simulation.detect
             )
-            faces = load_faces(source, config.model.image_size, config.model.channels)
+            try:
+                faces = load_faces(source, config.model.image_size, config.model.channels)
+            except DataError as error:
+                raise DataError(f"--reference: {error}") from error
             if len(faces) < 2:
                 raise DataError(f"reference = {config.training.reference!r} holds {len(faces)} faces: give 2 or more")
-            order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(0))[:_REFERENCES].numpy()
+            order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(0))[:_REFERENCES]
             device = next(state.ema.parameters()).device
-            self._distance = FrechetDistance(faces.tensor(order).to(device))
+            self._distance = FrechetDistance(faces.tensor(some.numpy()).to(device) for some in order.split(_BATCH))
 
     def look(self, state: CoordinatorState, *, measure: bool) -> None:
         """Add the figures to `state.last`, those that take time only where `measure`; end the run where they say so."""
         if measure and self._distance is not None:
             state.last["frechet"] = round(self._distance(_fakes(state)), 4)
         if self._condition is not None and self._condition.met(state.last):
+            state.ended_by = "figure"
             state.stopped = f"{state.config.training.stop_when} at {state.last[self._condition.key]:.4g}"
 
 
 @torch.no_grad()
-def _fakes(state: CoordinatorState) -> torch.Tensor:
+def _fakes(state: CoordinatorState) -> Iterator[torch.Tensor]:
     """Faces of the moving average on latents of their own, the same each time: the run's randomness is left alone."""
     rng = torch.Generator().manual_seed(state.config.training.seed + 2)
     device = next(state.ema.parameters()).device
-    drawn = []
     for _ in range(_FAKES // _BATCH):
         latents, labels = draw_latents(state.config, _BATCH, rng)
         with half_precision(device):
-            drawn.append(state.ema(latents.to(device), None if labels is None else labels.to(device)).float())
-    return torch.cat(drawn)
+            yield state.ema(latents.to(device), None if labels is None else labels.to(device)).float()

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch.utils.tensorboard import SummaryWriter
 
 from common.config import RunConfig
+from common.fields import keys_of
 from common.files import write_atomically
 from common.gradients import to_uint8
 from common.messages import planned_releases
@@ -27,6 +28,7 @@ from common.pictures import save_grid
 from common.privacy.accounting import epsilon_of
 from common.privacy.planner import promise
 from common.privacy.units import PrivacyModel
+from common.sections import SimulationConfig
 from server.checkpoint import CoordinatorState
 from server.generator import draw_latents
 
@@ -107,7 +109,7 @@ def _scalars(board: SummaryWriter, prefix: str, figures: dict[str, Any], step: i
 
 def epsilon_by_node(state: CoordinatorState) -> dict[str, float]:
     """Epsilon, by RDP, of what each node was asked under its present id; a node that reconnects gets another id."""
-    cost = {charged: _epsilon(state, *charged) for charged in {(m, s) for m, s in state.charged.values()}}
+    cost = {charged: _epsilon(state, *charged) for charged in {(m, s) for m, s, _ in state.charged.values()}}
     return {node: cost[charged[0], charged[1]] for node, charged in state.charged.items()}
 
 
@@ -116,7 +118,7 @@ def epsilon_so_far(state: CoordinatorState) -> float | None:
     config = state.config
     if config.privacy.privacy_model is PrivacyModel.NONE:
         return None
-    done = state.next_round - 1
+    done = max(state.next_round - 1, state.asked_round)
     moments = min(done, config.moments.moment_rounds)
     return _epsilon(state, moments, (done - moments) * config.training.local_steps)
 
@@ -146,8 +148,9 @@ def card_of(state: CoordinatorState) -> dict[str, Any]:
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:
-    """The configuration without the path of anybody's faces: a card travels with the weights."""
-    return {key: value for key, value in config.to_flat().items() if key != "data"}
+    """The configuration without where anybody's faces are and how they are read: a card travels with the weights."""
+    places = {key for _, key in keys_of(SimulationConfig)} | {"reference", "stop-when"}
+    return {key: value for key, value in config.to_flat().items() if key not in places}
 
 
 def _drop_rounds_from(path: Path, next_round: int) -> set[int]:

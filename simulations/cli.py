@@ -1,7 +1,5 @@
 """`visard simulate` and `visard generate`. What is slow to import is imported when it is used."""
 
-import dataclasses
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +8,6 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
-from common.config import RunConfig
 from common.options import with_run_options
 from common.privacy.units import PrivacyModel
 from server.summary import RUNS_DIR, closing_table, run_directory, stopped
@@ -32,7 +29,7 @@ def _simulate(
     directory = _directory(runs_dir, recipe, name, resume)
     config = None
     if not resume:
-        config = _with_absolute_data(load_recipe(recipe, overrides or {}))
+        config = load_recipe(recipe, overrides or {})
 
     from common.privacy.planner import promise
     from server.progress import PlainProgress, ProgressBar
@@ -107,17 +104,3 @@ def _directory(runs_dir: Path, recipe: str, name: str | None, resume: bool) -> P
 
 def _numbered(stem: str, number: int) -> str:
     return stem if number == 1 else f"{stem}-{number}"
-
-
-def _with_absolute_data(config: RunConfig) -> RunConfig:
-    """A run is resumed from anywhere: paths of faces are kept absolute."""
-    simulation, training = config.simulation, config.training
-    attributes = simulation.attributes if simulation.attributes == "utkface" else _absolute(simulation.attributes)
-    simulation = dataclasses.replace(simulation, data=_absolute(simulation.data), attributes=attributes)
-    training = dataclasses.replace(training, reference=_absolute(training.reference))
-    return dataclasses.replace(config, simulation=simulation, training=training)
-
-
-def _absolute(source: str) -> str:
-    """A path made absolute; a source with a scheme, such as `procedural:`, and nothing at all as they are."""
-    return source if not source or re.match(r"[a-z-]+:", source) else str(Path(source).expanduser().resolve())

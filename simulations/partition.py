@@ -147,7 +147,7 @@ def apportioned(total: int, weights: np.ndarray) -> np.ndarray:
 
 def values_of(dataset: FaceDataset, by: str) -> np.ndarray:
     """(N,) of int64 or text: the label, or the attribute called `by`, of each image. Raises DataError where there is none."""
-    column = dataset.labels if by == LABEL else dataset.attributes.get(by)
+    column = dataset.labels if by == LABEL and dataset.labels is not None else dataset.attributes.get(by)
     if column is None:
         known = [*dataset.attributes, *([LABEL] if dataset.labels is not None else [])]
         raise DataError(

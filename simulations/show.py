@@ -92,8 +92,8 @@ def draw(path: Path, faces: FaceDataset, shares: Sequence[np.ndarray], held: Hol
         _legend(figure, held, 0.15 / width, 1 - (TITLE - 0.05) / height)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
-    path.chmod(0o600)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue(), private=True)
 
 
 def _bars(axes: Axes, held: Holdings, clients: Sequence[Holding]) -> None:

@@ -18,6 +18,7 @@ from common.privacy.randomness import SecureRandom
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.coordinator import Observer, coordinate
 from server.exchange import Exchange
+from server.quality import Judge
 from simulations.engine import InProcessGrid
 from simulations.simulate import owner_config
 
@@ -103,7 +104,8 @@ def train(
     """Run `state` to its end over real ClientApps in this process, with test noise."""
     configs = [policy(i, c) for i, c in enumerate(node_configs(folder, state.config, shares))]
     grid = InProcessGrid(client_app or keyed_client_app(), configs)
-    coordinate(state, Exchange(grid, state.config.training), CheckpointStore(folder), observers, keyed_coordinator)
+    exchange, store = Exchange(grid, state.config.training), CheckpointStore(folder)
+    coordinate(state, Judge(state), exchange, store, observers, keyed_coordinator)
     return state
 
 

@@ -8,6 +8,7 @@ from ImageNet). Nothing in it is learned, so it knows no face.
 """
 
 import warnings
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -18,7 +19,6 @@ from common.errors import DataError
 from common.models import build_initialised
 
 _WIDTHS = (32, 64, 128)
-_BATCH = 256
 # Distances between sets of photographs then lie between about 0 and a few hundred.
 _SCALE = 10.0
 
@@ -51,31 +51,29 @@ class FidelityFeatures(nn.Module):
 
 
 class FrechetDistance:
-    """The distance of images to a fixed reference set."""
+    """The distance of images to a fixed reference set. Both come in batches (B, C, H, W) in [-1, 1], 2 images or more in all."""
 
-    def __init__(self, reference: Tensor) -> None:
-        """reference: (N, C, H, W) in [-1, 1], N >= 2. Raises DataError for fewer."""
+    def __init__(self, reference: Iterable[Tensor]) -> None:
+        """Raises DataError for fewer than 2 images."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the optional packages of torchmetrics
             from torchmetrics.image.fid import FrechetInceptionDistance
-        if len(reference) < 2:
-            raise DataError(f"{len(reference)} reference images: a covariance takes 2 or more")
-        features = FidelityFeatures().to(reference.device)
-        self._metric = FrechetInceptionDistance(feature=features, reset_real_features=False, normalize=True).to(
-            reference.device
-        )
+        self._metric = FrechetInceptionDistance(feature=FidelityFeatures(), reset_real_features=False, normalize=True)
         self._update(reference, real=True)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> float:
-        """The distance of images (N, C, H, W) in [-1, 1], N >= 2, at least 0. Raises DataError for fewer."""
-        if len(images) < 2:
-            raise DataError(f"{len(images)} images: a covariance takes 2 or more")
+    def __call__(self, images: Iterable[Tensor]) -> float:
+        """The distance, at least 0. Raises DataError for fewer than 2 images."""
         self._metric.reset()
         self._update(images, real=False)
         return max(0.0, float(self._metric.compute()))
 
     @torch.no_grad()
-    def _update(self, images: Tensor, *, real: bool) -> None:
-        for batch in images.split(_BATCH):
+    def _update(self, batches: Iterable[Tensor], *, real: bool) -> None:
+        count = 0
+        for batch in batches:
+            self._metric.to(batch.device)
             self._metric.update(batch, real=real)
+            count += len(batch)
+        if count < 2:
+            raise DataError(f"{count} images: a covariance takes 2 or more")

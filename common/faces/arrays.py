@@ -64,7 +64,16 @@ def open_procedural(where: str, source: FaceSource, options: FaceOptions, split:
 def whole(place: str, faces: FaceDataset) -> Gallery:
     """The gallery of faces that are cut already."""
     names = [""] * len(faces)
-    return Gallery(place, list(faces.images), _as_it_is, names, faces.persons, faces.labels, faces.attributes)
+    return Gallery(
+        place,
+        list(faces.images),
+        _as_it_is,
+        names,
+        faces.persons,
+        faces.labels,
+        faces.attributes,
+        photographs=faces.photographs,
+    )
 
 
 def fit_pixels(pixels: np.ndarray, options: FaceOptions) -> list[np.ndarray]:
@@ -117,8 +126,11 @@ def _plain(path: Path, split: str) -> Gallery:
             raise DataError(
                 f"{path}: persons are {persons.dtype} {persons.shape}; they must be numbers or text ({count},)"
             )
-        persons = numbered([str(person).strip() for person in persons.reshape(count)])
-    return Gallery(str(path), list(images), fit_pixels, [""] * count, persons, labels)
+        spelled = [str(person).strip() for person in persons.reshape(count)]
+        nobody = {i: "has no person" for i, person in enumerate(spelled) if not person}
+        gallery = Gallery(str(path), list(images), fit_pixels, [""] * count, numbered(spelled), labels)
+        return gallery.without(nobody)
+    return Gallery(str(path), list(images), fit_pixels, [""] * count, None, labels)
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -56,7 +56,8 @@ class Gallery:
 
     place: the source, for messages. pictures: N of whatever `decode` takes; it gives the faces of one, each uint8
     (C, H, H), or raises UnreadableImageError. names: (N,), as in `Reading`. persons: who is on each, any int64 (N,), None where the
-    source knows no persons. labels: int64 (N,) or None. attributes: name -> text (N,).
+    source knows no persons. labels: int64 (N,) or None. attributes: name -> text (N,). photographs: any int64 (N,), what each
+    picture was cut from before; None where each is a photograph of its own.
     """
 
     place: str
@@ -68,6 +69,7 @@ class Gallery:
     attributes: Mapping[str, np.ndarray] = field(default_factory=dict)
     skipped: Notes = ()
     remarks: Notes = ()
+    photographs: np.ndarray | None = None
 
     def without(self, left_out: Mapping[int, str]) -> Self:
         """All pictures but those, which are skipped for the reasons given."""
@@ -79,6 +81,7 @@ class Gallery:
             names=[self.names[i] for i in kept],
             persons=None if self.persons is None else self.persons[kept],
             labels=None if self.labels is None else self.labels[kept],
+            photographs=None if self.photographs is None else self.photographs[kept],
             attributes={name: column[kept] for name, column in self.attributes.items()},
             skipped=(*self.skipped, *noted),
         )
@@ -129,14 +132,22 @@ class Gallery:
             raise DataError(
                 f"{self.place} holds no image that can be read ({summary(skipped, 'skipped')}): check the path and the files"
             )
+        # All faces of one photograph are one unit, however they came to be pictures of their own.
+        photographs = np.array(whose) if self.photographs is None else self.photographs[whose]
         faces = FaceDataset(
             np.stack(images),
             None if self.persons is None else np.unique(self.persons[whose], return_inverse=True)[1].astype(np.int64),
             None if self.labels is None else self.labels[whose],
             {name: column[whose] for name, column in self.attributes.items()},
-            None if len(set(whose)) == len(whose) else np.unique(whose, return_inverse=True)[1].astype(np.int64),
+            _parted(photographs),
         )
         return Reading(faces, tuple(self.names[i] for i in whose), skipped, self.remarks)
+
+
+def _parted(photographs: np.ndarray) -> np.ndarray | None:
+    """Numbered without gaps; None where no two are alike."""
+    distinct, places = np.unique(photographs, return_inverse=True)
+    return None if len(distinct) == len(photographs) else places.astype(np.int64)
 
 
 def numbered(names: Sequence[str]) -> np.ndarray:

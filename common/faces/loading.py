@@ -60,7 +60,10 @@ def load_faces(
         reading.warn(source.data)
         return reading.faces
 
-    if cache_dir is None or state is None:
+    if cache_dir is None:
+        return read()
+    if state is None:
+        forget(cache_dir, identity)  # the place may have held what was kept
         return read()
     asked = [getattr(source, f.name) for f in fields(FaceSource)]
     return cached(cache_dir, identity, state, [image_size, channels, split, asked], read)

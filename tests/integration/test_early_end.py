@@ -65,7 +65,7 @@ def test_a_condition_that_is_never_met_changes_nothing(tmp_path: Path) -> None:
 def test_a_reference_that_is_not_there_is_told_before_anybody_is_asked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         run(tmp_path, tiny_config(stop_when="frechet<1", reference=str(tmp_path / "nowhere")))
-    assert not (tmp_path / "clients" / "0000").exists()
+    assert not (tmp_path / "clients").exists()
 
 
 def budgets(config: RunConfig, releases: list[int]) -> dict[int, float]:
@@ -95,8 +95,8 @@ def test_spent_clients_leave_and_too_few_end_the_run(tmp_path: Path) -> None:
     assert refusing == [3]
     assert lines[2]["refusals"] == {"BudgetExhausted": 1}
     assert "2 clients have spent their budgets, 1 are left and min-clients is 2" in state.stopped
-    # The last, void round was answered by one: its charge is in the coordinator's figures.
-    assert state.next_round - 1 == len(lines) + 1
+    # The last round was answered by one, and is void: its charge is in the coordinator's figures all the same.
+    assert state.asked_round == state.next_round == len(lines) + 1
     spent = epsilon_so_far(state)
     for client in range(3):
         ledger = Ledger(tmp_path / "clients" / f"{client:04d}", max_epsilon=allowed[client], delta=config.privacy.delta)
@@ -104,6 +104,25 @@ def test_spent_clients_leave_and_too_few_end_the_run(tmp_path: Path) -> None:
         assert spent is not None
         assert epsilon_of(ledger.releases, config.privacy.delta) <= spent
     assert json.loads((tmp_path / "generator.json").read_text())["stopped"] == state.stopped
+    # Asked again, the last one sends what it sent; one client is enough now, and no round is lost.
+    again = open_run(tmp_path, None, {"min-clients": 1})
+    assert not again.stopped
+    train(tmp_path, again, shares(3), policy=poorer)
+    last = Ledger(tmp_path / "clients" / "0002", max_epsilon=allowed[2], delta=config.privacy.delta)
+    assert len(last.releases) == again.next_round - 1 == 9
+
+
+def test_a_moment_round_that_budgets_end_is_asked_for_again(tmp_path: Path) -> None:
+    config = tiny_config(num_rounds=2, min_clients=3)
+    state = run(tmp_path, config, policy=lambda client, node: node | ({"max-epsilon": 1e-3} if client == 0 else {}))
+    assert (state.next_round, state.ended_by) == (1, "budgets")
+    again = open_run(tmp_path, None, {"min-clients": 2})
+    train(tmp_path, again, shares(3), policy=lambda client, node: node | ({"max-epsilon": 1e-3} if client == 0 else {}))
+    assert again.moment_target is not None
+    for client in (1, 2):
+        folder = tmp_path / "clients" / f"{client:04d}"
+        ledger = Ledger(folder, max_epsilon=config.privacy.epsilon, delta=config.privacy.delta)
+        assert [release.mechanism for release in ledger.releases] == ["moments", "gradients", "gradients"]
 
 
 def test_nodes_that_are_spent_are_not_waited_for(tmp_path: Path) -> None:
@@ -113,6 +132,25 @@ def test_nodes_that_are_spent_are_not_waited_for(tmp_path: Path) -> None:
     first, *others = exchange.wait_for_clients()
     exchange.spent.add(first)
     assert exchange.wait_for_clients() == others
+
+
+def test_a_condition_that_is_still_met_keeps_a_run_ended(tmp_path: Path) -> None:
+    run(tmp_path, tiny_config(stop_when="moment-loss<1e9"))
+    assert open_run(tmp_path, None, {"min-clients": 1}).ended_by == "figure"
+    assert not open_run(tmp_path, None, {"stop-when": "moment-loss<-1e9"}).ended_by
+
+
+@pytest.mark.parametrize("name", ["faces", "faces/one", ".", "hf:faces"])
+def test_the_clients_faces_are_no_reference(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faces" / "one").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "faces")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="among what the clients hold"):
+        open_run(tmp_path / "run", tiny_config(data="link", reference=name))
+    open_run(tmp_path / "run", tiny_config(data="link", reference=name, privacy_model="none"))
+    run(tmp_path / "old", tiny_config(num_rounds=1, data="link"))
+    with pytest.raises(ConfigError, match="among what the clients hold"):
+        open_run(tmp_path / "old", None, {"reference": name})
 
 
 def test_only_some_options_may_be_given_anew(tmp_path: Path) -> None:

@@ -354,3 +354,27 @@ def test_several_faces_of_a_photograph_have_its_name_label_and_attributes():
     assert reading.skipped == (("c", "no face found"),)
     assert reading.faces.photographs.tolist() == [0, 1, 1, 1, 2, 2]
     assert len(reading.faces.units(PrivacyUnit.IMAGE)) == 3
+
+
+def test_what_was_cut_from_one_photograph_stays_one_unit_when_it_is_saved(tmp_path):
+    saved = FaceDataset(np.zeros((5, 1, 28, 28), np.uint8), photographs=np.array([0, 0, 1, 2, 2]))
+    saved.save(tmp_path / "faces.npz")
+    for _ in range(2):  # read, then from the cache
+        again = load(tmp_path / "faces.npz", cache_dir=tmp_path / "cache")
+        assert [unit.tolist() for unit in again.units(PrivacyUnit.IMAGE)] == [[0, 1], [2], [3, 4]]
+
+
+def test_no_copy_of_plain_arrays_outlives_a_saved_file_in_their_place(tmp_path):
+    path, cache = tmp_path / "faces.npz", tmp_path / "cache"
+    np.savez(path, images=np.zeros((3, 40, 40), np.uint8))
+    load(path, cache_dir=cache)
+    assert list(cache.glob("*.npz"))
+    FaceDataset(np.zeros((2, 1, 28, 28), np.uint8)).save(path)
+    load(path, cache_dir=cache)
+    assert not list(cache.glob("*.npz"))
+
+
+def test_arrays_without_a_person_are_nobody_s(tmp_path):
+    np.savez(tmp_path / "faces.npz", images=np.zeros((4, 28, 28), np.uint8), persons=np.array(["a", "", "b ", " "]))
+    with pytest.warns(SkippedImages, match="2 has no person"):
+        assert load(tmp_path / "faces.npz").persons.tolist() == [0, 1]

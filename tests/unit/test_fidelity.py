@@ -24,11 +24,15 @@ def test_the_distance_is_the_formula(faces: tuple[torch.Tensor, torch.Tensor]) -
     mean = real.mean(0) - fake.mean(0)
     of_real, of_fake = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     expected = mean @ mean + np.trace(of_real + of_fake - 2 * sqrtm(of_real @ of_fake).real)
-    assert FrechetDistance(faces[0])(faces[1]) == pytest.approx(expected, rel=1e-3)
+    assert FrechetDistance(faces[0].split(64))(faces[1].split(100)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_worse_faces_are_farther(faces: tuple[torch.Tensor, torch.Tensor]) -> None:
-    distance, good = FrechetDistance(faces[0]), faces[1]
+    whole, good = FrechetDistance([faces[0]]), faces[1]
+
+    def distance(images: torch.Tensor) -> float:
+        return whole([images])
+
     noise = torch.randn(good.shape, generator=torch.Generator().manual_seed(0))
     fair = distance(good)
     assert distance(faces[0]) < 0.1 < fair
@@ -43,14 +47,14 @@ def test_worse_faces_are_farther(faces: tuple[torch.Tensor, torch.Tensor]) -> No
 @pytest.mark.parametrize(("size", "channels"), [(28, 1), (64, 3), (128, 3)])
 def test_every_size_and_grey(size: int, channels: int) -> None:
     images = torch.rand(8, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    distance = FrechetDistance(images)
-    assert distance(images) < 0.1
-    assert distance(-images) > 0.1
+    distance = FrechetDistance([images])
+    assert distance([images]) < 0.1
+    assert distance([-images]) > 0.1
 
 
 def test_one_image_has_no_covariance() -> None:
     one = torch.zeros(1, 3, 32, 32)
     with pytest.raises(DataError, match="2 or more"):
-        FrechetDistance(one)
+        FrechetDistance([one])
     with pytest.raises(DataError, match="2 or more"):
-        FrechetDistance(torch.zeros(2, 3, 32, 32))(one)
+        FrechetDistance([torch.zeros(2, 3, 32, 32)])([one])
