@@ -33,8 +33,8 @@ class CoordinatorState:
     """All that a run is between two rounds. Mutable; the round loop is its only writer.
 
     ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged:
-    for each node that was asked, its moment rounds and its gradient steps, answered or not. last: figures of the last
-    round.
+    for each node that was asked, its moment rounds and its gradient steps, answered or not. ledger_heads: the last head
+    seen of each client's ledger, by its public key. last: figures of the last round.
     """
 
     config: RunConfig
@@ -53,6 +53,7 @@ class CoordinatorState:
     fake_accuracy: float = 0.5
     seconds: float = 0.0
     charged: dict[str, list[int]] = field(default_factory=dict)
+    ledger_heads: dict[str, str] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -96,6 +97,7 @@ _PLAIN = (
     "fake_accuracy",
     "seconds",
     "charged",
+    "ledger_heads",
     "last",
 )
 _MODULES = ("generator", "ema", "discriminator")

@@ -134,7 +134,8 @@ def collect(
     else:
         dimension = num_parameters(state.discriminator)
     nodes = exchange.wait_for_clients()
-    gradient = average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
+    updates = exchange.collect(instructions, nodes, dimension, state.ledger_heads)
+    gradient = average(updates, instructions, dimension, random)
     if instructions.privacy.privacy_model is not PrivacyModel.NONE:
         for node in nodes:
             charged = state.charged.setdefault(str(node), [0, 0])

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from common.config import TrainingConfig
 from common.errors import CohortTooSmall, MalformedUpdate
 from common.messages import DiscriminatorUpdate, RoundInstructions
+from common.privacy.chain import remember
 
 log = logging.getLogger("visard.server")
 
@@ -53,13 +54,16 @@ class Exchange:
         return nodes
 
     def collect(
-        self, instructions: RoundInstructions, nodes: list[int], dimension: int
+        self, instructions: RoundInstructions, nodes: list[int], dimension: int, heads: dict[str, str]
     ) -> Iterator[DiscriminatorUpdate]:
         """Ask `nodes` and yield each valid update of `dimension` as it arrives.
 
+        heads: the last head seen of each client's ledger, in hex. They go along, so that a client notices where an older
+        copy took its ledger's place, and those that come back are kept in it.
+
         Raises CohortTooSmall at the end where fewer than min-clients answered: what was yielded must then be dropped.
         """
-        content = instructions.to_record()
+        content = instructions.to_record(map(bytes.fromhex, heads.values()))
         timeout_s = self._training.round_timeout_s
         messages = [
             Message(
@@ -80,6 +84,8 @@ class Exchange:
                 log.warning("round %d: update refused: %s", instructions.server_round, error)
                 self.refusals["MalformedUpdate"] += 1
                 continue
+            if update.head is not None:
+                remember(heads, update.head)
             self.bytes_up += update.vector.nbytes
             answered += 1
             yield update
