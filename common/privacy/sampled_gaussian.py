@@ -2,7 +2,8 @@
 
 Mironov, Talwar, Zhang 2019, "Renyi differential privacy of the sampled Gaussian mechanism", section 3.3: for an integer
 order a finite sum, else the series over both halves of the integral, whose terms past the order alternate in sign and
-shrink, so that the first one left out bounds all that are. Opacus computes the same one pair and one order at a time.
+shrink ever more slowly. So what is left out after one of them is half of it, to within its step from the one before.
+Opacus computes the same one pair and one order at a time.
 """
 
 import math
@@ -11,11 +12,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-# Terms below this are left out; their bound is added.
-_SMALLEST_LOG = -30.0
-# Float error of log A, and what is left out: added to it, so that the result is never too small.
+# The series ends where terms are below the one and their steps below the other.
+_SMALL_TERM, _SMALLEST_STEP = 1e-5, 1e-13
+# Float error of log A, and of the series' end: added to it, so that the result is never too small.
 _SLACK = 1e-12
-# Where noise is large and the order near 1 terms shrink slowly; the bound of what is left out is then larger.
+# Where noise is large and the order near 1 the series may end earlier; its last step is then larger, and added.
 _MOST_TERMS = 8_192
 # Terms at a time: what fits a processor's cache.
 _BLOCK, _MOST_PAIRS = 32_768, 1_024
@@ -58,7 +59,6 @@ def _fractional_order(sigma: np.ndarray, q: np.ndarray, order: float) -> np.ndar
     log_q, log_rest, half = np.log(q), np.log1p(-q), 1 / (2 * sigma**2)
     z0 = sigma**2 * (log_rest - log_q) + 0.5
     scale, total = np.full(sigma.shape, -np.inf), np.zeros(sigma.shape)  # the sum is total * exp(scale)
-    last = scale
     log_coefficient, sign = 0.0, 1.0
     rows = min(max(_BLOCK // len(sigma), 16), 512)
     for start in range(0, _MOST_TERMS, rows):
@@ -74,11 +74,14 @@ def _fractional_order(sigma: np.ndarray, q: np.ndarray, order: float) -> np.ndar
         terms = logs + np.logaddexp(low, high)
         larger = np.maximum(scale, terms.max(0))
         total = total * np.exp(scale - larger) + (signs * np.exp(terms - larger)).sum(0)
-        scale, last = larger, terms[-1]
-        if (last < _SMALLEST_LOG).all():
+        scale, last = larger, np.exp(np.minimum(terms[-1], 0.0))
+        step = np.abs(last - np.exp(np.minimum(terms[-2], 0.0)))
+        if ((last < _SMALL_TERM) & (step < _SMALLEST_STEP)).all():
             break
+    # Half of the last term away, since the next one takes off nearly as much: what is left is less than one step.
+    left_out = step - 0.5 * signs[-1, 0] * last
     with np.errstate(divide="ignore"):
-        return np.asarray(scale + np.log(np.maximum(total + np.exp(last - scale), 0.0)))
+        return np.asarray(scale + np.log(np.maximum(total + left_out * np.exp(-scale), 0.0)))
 
 
 def _log_tail(z: np.ndarray) -> np.ndarray:
