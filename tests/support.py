@@ -1,7 +1,7 @@
 """Small federations for tests: tiny networks, random faces, and noise that a test can draw again."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +122,9 @@ def gradient_instructions(config: RunConfig, weights: np.ndarray, server_round: 
     )
 
 
-def ask(grid: InProcessGrid, instructions: RoundInstructions, witness: Iterable[bytes] = ()) -> list[Message]:
+def ask(grid: InProcessGrid, instructions: RoundInstructions) -> list[Message]:
     """Every client's reply to one round."""
-    content = instructions.to_record(witness)
+    content = instructions.to_record()
     group = str(instructions.server_round)
     return grid.send_and_receive(
         [Message(content, node, "train", ttl=60.0, group_id=group) for node in grid.get_node_ids()]

@@ -215,6 +215,7 @@ class LedgerFile:
                 f"ledger has a key of its own): {_RESTORE}"
             )
         self._file.truncate(0)
+        flush_folder(self.path.parent)
         if len(head) != 2 * _SLOT_BYTES:
             _write_new(self._head_path, bytes(2 * _SLOT_BYTES))
         if len(key) != 32:

@@ -11,20 +11,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.app import open_ledger as open_ledger_of_client
 from common.errors import LedgerCorrupt, MalformedUpdate, ProtocolError
 from common.messages import DiscriminatorUpdate, RoundInstructions, witness_of
-from common.models.discriminators import discriminator_of
-from common.models.flat import get_flat
 from common.privacy.chain import HEAD_BYTES, MAX_HEADS, Head, remember
 from common.privacy.ledger import Ledger, adopt_ledger
 from server.checkpoint import CheckpointStore, CoordinatorState
-from simulations.engine import InProcessGrid
+from tests.integration.test_resume import StopAt
 from tests.support import (
     RUN_ID,
-    ask,
     gradient_instructions,
-    keyed_client_app,
-    node_configs,
     random_faces,
     tiny_config,
     train,
@@ -195,32 +191,23 @@ def test_the_furthest_head_of_each_ledger_is_remembered() -> None:
 
 def test_a_client_whose_folder_is_rolled_back_leaves_the_run(tmp_path: Path) -> None:
     """From end to end: the coordinator remembers in its checkpoint, and the client looks at no face."""
-    config = tiny_config(privacy_model="local", num_rounds=2, num_clients=2, min_clients=1)
+    config = tiny_config(privacy_model="local", min_clients=1)  # five rounds
     shares = [random_faces(4, 2, seed=client) for client in range(2)]
-    folder, clients = tmp_path, [tmp_path / "clients" / f"{number:04d}" for number in range(2)]
-    state = train(folder, CoordinatorState.fresh(config, RUN_ID), shares)
-    old = contents(clients[0])
-    assert sorted(state.ledger_heads) == sorted(
-        Ledger(client, max_epsilon=10.0, delta=1e-5).public_key for client in clients
-    )
-    later = dataclasses.replace(
-        gradient_instructions(config, np.zeros(1, np.float32)), run_id="e" * 32, moment_rounds=0, planned_steps=1
-    )
-    assert CheckpointStore(folder).load().ledger_heads == state.ledger_heads
-    remembered = {}
-    for client in clients:
-        ledger = Ledger(client, max_epsilon=1e3, delta=1e-5)
-        ledger.charge("f" * 32, 1, later.release, later.plan, "another run")
-        remember(remembered, ledger.head())
+    clients = [tmp_path / "clients" / f"{number:04d}" for number in range(2)]
+    state = CoordinatorState.fresh(config, RUN_ID)
+    old: dict[str, bytes] = {}
+    for stop in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, state, shares, [StopAt(server_round=stop)])
+        state = CheckpointStore(tmp_path).load()
+        keys = {Ledger(client, max_epsilon=config.privacy.epsilon, delta=1e-5).public_key for client in clients}
+        assert set(state.ledger_heads) == keys
+        old = old or contents(clients[0])
+
     for name, content in old.items():
         put(clients[0], name, content)
-
-    asked = dataclasses.replace(later, discriminator=get_flat(discriminator_of(config.model)))
-    configs = [{**found, "max-epsilon": 1e3} for found in node_configs(folder, config, shares)]
-    grid = InProcessGrid(keyed_client_app(), configs)
-    replies = ask(grid, asked, map(bytes.fromhex, remembered.values()))
-    assert [found.has_error() for found in replies] == [True, False]
-    assert replies[0].error.reason == "LedgerCorrupt"
+    open_ledger_of_client.cache_clear()  # a node that was started again after the old copy was put in
+    final = train(tmp_path, state, shares)
+    assert final.last["refusals"] == {"LedgerCorrupt": 1}
     assert kinds(clients[0])[-1] == "rolled-back"
-    # Without a witness it does not answer any more either.
-    assert ask(grid, asked)[0].error.reason == "LedgerCorrupt"
+    assert [kinds(client).count("charged") for client in clients] == [2, 5]
