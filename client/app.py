@@ -14,7 +14,7 @@ from client.moments import moment_update
 from client.policy import OwnerPolicy
 from common.errors import RoundFailed, VisardError
 from common.faces import FaceDataset, load_faces
-from common.messages import DiscriminatorUpdate, RoundInstructions, Stage
+from common.messages import DiscriminatorUpdate, RoundInstructions, Stage, witness_of
 from common.privacy.ledger import Ledger
 from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
@@ -57,13 +57,14 @@ def _answer(content: RecordDict, context: Context, new_random: NewRandom) -> Rec
     if instructions.stage is Stage.GRADIENTS:
         check_weights(instructions)  # before anything is charged
     ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta)
+    ledger.check_witness(witness_of(content))
     random = new_random(instructions, context)
     if instructions.privacy.privacy_model is PrivacyModel.NONE:
         ledger.note_unprotected(instructions.run_id)
         vector = _update(policy, instructions, random)
     else:
         vector = _private_update(ledger, policy, instructions, random)
-    return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector).to_record()
+    return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector, ledger.head()).to_record()
 
 
 def _private_update(

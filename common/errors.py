@@ -5,7 +5,9 @@
     |-- DataError              faces that cannot be read or used as asked
     |-- PrivacyError           something that would break the promise to the face owners
     |   |-- BudgetExhausted    the charge would pass the owner's max_epsilon
-    |   `-- LedgerCorrupt      the ledger on disk cannot be trusted
+    |   |-- LedgerCorrupt      the ledger on disk cannot be trusted
+    |   |-- LedgerMoved        the ledger is a copy, or lies elsewhere than it says
+    |   `-- LedgerUnwritable   the disk takes no more records, or none at all
     |-- ProtocolError          a message that does not fit the round
     |   |-- MalformedUpdate    wrong keys, shapes, dtypes or values
     |   |-- CohortTooSmall     fewer clients answered than the round needs
@@ -40,6 +42,14 @@ class BudgetExhausted(PrivacyError):
 
 class LedgerCorrupt(PrivacyError):
     """The ledger on disk cannot be trusted; the client trains no more."""
+
+
+class LedgerMoved(PrivacyError):
+    """The ledger lies elsewhere than it says: a copy. Its owner may adopt it; until then nothing is computed."""
+
+
+class LedgerUnwritable(PrivacyError):
+    """The disk refuses the ledger: read-only, full or failing. Nothing was released."""
 
 
 class ProtocolError(VisardError):

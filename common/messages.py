@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self, get_type_hints
@@ -21,6 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from common.errors import ConfigError, MalformedUpdate, ProtocolError
 from common.fields import convert
 from common.privacy.accounting import Release
+from common.privacy.chain import HEAD_BYTES, MAX_HEADS, Head
 from common.privacy.units import PrivacyModel
 from common.sections import AugmentationConfig, ModelConfig, PrivacyConfig
 
@@ -88,15 +90,19 @@ class RoundInstructions:
             sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
-    def to_record(self) -> RecordDict:
-        """Pack for Flower."""
+    def to_record(self, witness: Iterable[bytes] = ()) -> RecordDict:
+        """Pack for Flower. `witness`: the heads of ledgers that the coordinator remembers, no part of what is asked."""
         arrays = {name: _pack(array) for name, array in self._arrays().items()}
-        return RecordDict({"instructions": ConfigRecord(self._scalars()), "arrays": ArrayRecord(arrays)})
+        record = RecordDict({"instructions": ConfigRecord(self._scalars()), "arrays": ArrayRecord(arrays)})
+        if heads := list(witness):
+            record["witness"] = ConfigRecord({"heads": heads})
+        return record
 
     @classmethod
     def from_record(cls, record: RecordDict) -> Self:
         """Unpack and check. Raises ProtocolError, or ConfigError on a value that no run may have."""
-        scalars, arrays = _records(record, "instructions", ProtocolError)
+        asked = RecordDict({name: part for name, part in record.items() if name != "witness"})
+        scalars, arrays = _records(asked, "instructions", ProtocolError)
         try:
             values: dict[str, Any] = dict(scalars)
             sections: dict[str, Any] = {name: _section(name, kind, values) for name, kind in _SECTIONS.items()}
@@ -185,23 +191,26 @@ class DiscriminatorUpdate:
 
     vector, float32: in the moment stage the sum of clipped feature vectors, (num_classes or 1) * dim; with one local
     step the sum of the clipped gradients of the real half of the loss, (d,); with several, the mean gradient of both
-    halves along the steps, (d,).
+    halves along the steps, (d,). head: of the client's ledger, for the coordinator to remember.
     """
 
     run_id: str
     server_round: int
     vector: np.ndarray
+    head: Head | None = None
 
     def to_record(self) -> RecordDict:
         """Pack for Flower."""
         scalars = ConfigRecord({"run_id": self.run_id, "server_round": self.server_round})
+        if self.head is not None:
+            scalars["ledger_head"] = self.head.to_bytes()
         return RecordDict({"update": scalars, "arrays": ArrayRecord({"vector": _pack(self.vector)})})
 
     @classmethod
     def from_record(cls, record: RecordDict, instructions: RoundInstructions, dimension: int) -> Self:
         """Unpack and check against the round that was asked for. Raises MalformedUpdate."""
         scalars, arrays = _records(record, "update", MalformedUpdate)
-        if set(scalars) != {"run_id", "server_round"} or set(arrays) != {"vector"}:
+        if set(scalars) - {"ledger_head"} != {"run_id", "server_round"} or set(arrays) != {"vector"}:
             raise MalformedUpdate(f"keys {sorted(scalars)} and {sorted(arrays)}: want run_id, server_round and vector")
         asked = (instructions.run_id, instructions.server_round)
         if (scalars["run_id"], scalars["server_round"]) != asked:
@@ -209,7 +218,25 @@ class DiscriminatorUpdate:
         vector = _unpack("vector", arrays["vector"], MalformedUpdate, dtype="float32", shape=(dimension,))
         if not np.isfinite(vector).all():
             raise MalformedUpdate("the vector has values that are not finite")
-        return cls(*asked, vector)
+        try:
+            head = Head.from_bytes(scalars["ledger_head"]) if "ledger_head" in scalars else None
+        except ValueError as error:
+            raise MalformedUpdate(str(error)) from error
+        return cls(*asked, vector, head)
+
+
+def witness_of(record: RecordDict) -> list[bytes]:
+    """The heads of ledgers that came with instructions; `Ledger.check_witness` looks for its own. Raises ProtocolError."""
+    if "witness" not in record:
+        return []
+    witness = record["witness"]
+    heads = witness.get("heads") if isinstance(witness, ConfigRecord) and set(witness) == {"heads"} else None
+    if not isinstance(heads, list) or len(heads) > MAX_HEADS:
+        raise ProtocolError(f"the witness is no list of at most {MAX_HEADS} heads")
+    packed = [head for head in heads if isinstance(head, bytes) and len(head) == HEAD_BYTES]
+    if len(packed) != len(heads):
+        raise ProtocolError(f"the witness holds {len(heads) - len(packed)} entries that are not {HEAD_BYTES} bytes")
+    return packed
 
 
 def planned_releases(

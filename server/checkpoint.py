@@ -35,8 +35,9 @@ class CoordinatorState:
 
     ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged:
     for each node that was asked, its moment rounds and gradient steps, answered or not, and the last round that it was
-    asked. asked_round: the last round that anybody was. last: figures of the last round. ended_by: `figure` or `budgets`
-    where the run ended before its last round, and stopped: why.
+    asked. ledger_heads: the last head seen of each client's ledger, by its public key. asked_round: the last round that
+    anybody was asked. last: figures of the last round. ended_by: `figure` or `budgets` where the run ended before its
+    last round, and stopped: why.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class CoordinatorState:
     fake_accuracy: float = 0.5
     seconds: float = 0.0
     charged: dict[str, list[int]] = field(default_factory=dict)
+    ledger_heads: dict[str, str] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     asked_round: int = 0
     ended_by: str = ""
@@ -108,6 +110,7 @@ _PLAIN = (
     "fake_accuracy",
     "seconds",
     "charged",
+    "ledger_heads",
     "last",
     "asked_round",
     "ended_by",

@@ -158,7 +158,8 @@ def collect(
     if instructions.privacy.privacy_model is not PrivacyModel.NONE:
         for node in nodes:
             note_charged(state, instructions, node)
-    return average(exchange.collect(instructions, nodes, dimension), instructions, dimension, random)
+    updates = exchange.collect(instructions, nodes, dimension, state.ledger_heads)
+    return average(updates, instructions, dimension, random)
 
 
 def note_charged(state: CoordinatorState, instructions: RoundInstructions, node: int) -> None:

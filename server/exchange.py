@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from common.errors import BudgetExhausted, BudgetsSpent, CohortTooSmall, MalformedUpdate
 from common.messages import DiscriminatorUpdate, RoundInstructions
+from common.privacy.chain import remember
 from common.sections import TrainingConfig
 
 log = logging.getLogger("visard.server")
@@ -58,14 +59,17 @@ class Exchange:
         return nodes
 
     def collect(
-        self, instructions: RoundInstructions, nodes: list[int], dimension: int
+        self, instructions: RoundInstructions, nodes: list[int], dimension: int, heads: dict[str, str]
     ) -> Iterator[DiscriminatorUpdate]:
         """Ask `nodes` and yield each valid update of `dimension` as it arrives.
+
+        heads: the last head seen of each client's ledger, in hex. They go along, so that a client notices where an older
+        copy took its ledger's place, and those that come back are kept in it.
 
         Raises CohortTooSmall at the end where fewer than min-clients answered, BudgetsSpent where that will not change:
         what was yielded must then be dropped.
         """
-        content = instructions.to_record()
+        content = instructions.to_record(map(bytes.fromhex, heads.values()))
         timeout_s = self._training.round_timeout_s
         messages = [
             Message(
@@ -88,6 +92,8 @@ class Exchange:
                 log.warning("round %d: update refused: %s", instructions.server_round, error)
                 self.refusals["MalformedUpdate"] += 1
                 continue
+            if update.head is not None:
+                remember(heads, update.head)
             self.bytes_up += update.vector.nbytes
             answered += 1
             yield update

@@ -9,7 +9,7 @@ Zrnic 2021). PRV (Gopi, Lee, Wutschitz 2021) is tighter and shown beside it, for
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ from opacus.accountants import PRVAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from common.errors import ConfigError
+from common.privacy.sampled_gaussian import rdp_at_order
 
 ORDERS: tuple[float, ...] = (
     *(1 + x / 20 for x in range(1, 180)),
@@ -65,9 +66,37 @@ def rdp_of(releases: Iterable[Release]) -> np.ndarray:
     return total
 
 
+def rdp_at(releases: Sequence[Release], order: float) -> np.ndarray:
+    """RDP of each of the releases at one order: (len(releases),). Ten thousand different ones take well under a second.
+
+    Rounded up as in `rdp_of`; infinity for noise or a rate without bound.
+    """
+    pairs = list({(release.noise_multiplier, release.sample_rate) for release in releases})
+    if len(pairs) == 1:
+        prices = [_price(*pairs[0], order)]
+    else:
+        sigmas, rates = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+        prices = rdp_at_order(sigmas, rates, order).tolist()
+    priced = dict(zip(pairs, prices, strict=True))
+    return np.array([r.steps * priced[r.noise_multiplier, r.sample_rate] for r in releases], dtype=np.float64)
+
+
+@lru_cache(maxsize=4096)
+def _price(noise_multiplier: float, sample_rate: float, order: float) -> float:
+    return float(rdp_at_order(np.array([noise_multiplier]), np.array([sample_rate]), order)[0])
+
+
+def epsilon_at_order(rdp: float, order: float, delta: float) -> float:
+    """Epsilon that RDP at one order proves."""
+    return float(_epsilon(np.asarray(rdp), np.asarray(order), delta))
+
+
 def epsilon_at_orders(rdp: np.ndarray, delta: float) -> np.ndarray:
     """Epsilon that each order proves (Balle et al. 2020, theorem 21): (len(ORDERS),). Zero RDP is epsilon 0."""
-    orders = np.asarray(ORDERS)
+    return _epsilon(rdp, np.asarray(ORDERS), delta)
+
+
+def _epsilon(rdp: np.ndarray, orders: np.ndarray, delta: float) -> np.ndarray:
     epsilon = rdp + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
     return np.where(rdp > 0, np.maximum(epsilon * _ROUND_UP, 0.0), 0.0)
 

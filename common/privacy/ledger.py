@@ -1,68 +1,93 @@
 """A client's ledger: what was spent, on disk before any face is looked at.
 
-An append-only file of JSON lines, flushed to the disk line by line:
-
-    {"type": "opened", "order": 3.2, "delta": 1e-05}
-    {"type": "charged", "run": ..., "round": 7, "mechanism": "gradients", "noise_multiplier": ..., "sample_rate": ..., "steps": 1,
-     "instructions": SHA-256 of what was asked}
-    {"type": "released", "run": ..., "round": 7, "reply": SHA-256 of what was answered}
-    {"type": "unprotected", "run": ...}    a run that the owner allowed to see these faces without any privacy
-
 Claim: whatever is asked, in whatever order and after whatever crash, the releases charged here are together
 (max_epsilon, delta) differentially private under adding or removing one unit. The RDP order is chosen at the first
 charge from the schedule then planned and never again, which makes the running total a privacy filter for noise and
 rates chosen later in view of earlier answers (Feldman, Zrnic 2021, theorem 4.3). A round that was charged and not
 released may be computed again under the same charge, since nobody saw the first result; once released, the same bytes
 are sent again and nothing else. There is no refund.
+
+What is on the disk is `common.privacy.ledger_file`, what its records mean `common.privacy.ledger_state`. An older copy
+of the whole folder fits together and cannot be told from the newest by itself: that takes a witness. Every reply carries
+the ledger's signed head, the coordinator sends the heads that it knows along with each round, and a ledger on whose
+chain its own head is not has been rolled back. A coordinator that sends no head back witnesses nothing.
 """
 
-import fcntl
 import hashlib
-import json
-import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from common.errors import BudgetExhausted, ConfigError, LedgerCorrupt, PrivacyError
+from common.errors import BudgetExhausted, LedgerCorrupt, LedgerUnwritable, PrivacyError, ProtocolError
 from common.files import flush_folder, write_atomically
-from common.privacy.accounting import MECHANISMS, ORDERS, Release, epsilon_at_orders, filter_order, rdp_of
+from common.privacy.accounting import MECHANISMS, ORDERS, Release, epsilon_at_order, filter_order
+from common.privacy.chain import MAX_HEADS, Head, owner_of
+from common.privacy.ledger_file import LedgerFile
+from common.privacy.ledger_state import LedgerState, total_after
+
+_REPLY_NAME = "released.bin"
 
 
 class Ledger:
-    """The ledger in `directory`/ledger.jsonl, with the last released reply beside it in `released.bin`.
+    """The ledger in `directory`, with the last released reply beside it in `released.bin`.
 
-    One budget for one data set, over all runs and coordinators. Raises LedgerCorrupt where the file cannot be trusted.
+    One budget for one data set, over all runs and coordinators. key_path: the signing key's place, if not there.
+
+    Raises LedgerCorrupt where the files cannot be trusted, LedgerMoved where they are a copy, LedgerUnwritable where the
+    disk takes nothing; so do all methods that write.
     """
 
-    def __init__(self, directory: Path, *, max_epsilon: float, delta: float) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(0o700)  # a reply under `central` is a clear sum
-        self._path = directory / "ledger.jsonl"
-        self._reply_path = directory / "released.bin"
+    def __init__(self, directory: Path, *, max_epsilon: float, delta: float, key_path: Path | None = None) -> None:
+        _make_private(directory)
+        self._reply_path = directory / _REPLY_NAME
         self._max_epsilon = max_epsilon
         self._delta = delta
-        self._forget()
-        with self._locked():
-            flush_folder(directory)
+        self._state = LedgerState(delta)
+        self._file = LedgerFile(directory, self._state.take_in, key_path)
+        with self._file.locked():
+            _sweep(directory)
 
     @property
     def epsilon(self) -> float:
         """What was spent, at the ledger's fixed RDP order: the bound on which refusal rests."""
-        if self._unprotected:
-            return math.inf
-        if self._order is None:
-            return 0.0
-        return float(epsilon_at_orders(self._rdp, self._delta)[self._order])
+        return self._state.epsilon
 
     @property
     def releases(self) -> list[Release]:
         """Every charge, in order."""
-        return list(self._releases)
+        return list(self._state.releases)
+
+    @property
+    def public_key(self) -> str:
+        """The public key that names this ledger, 64 hex digits."""
+        return self._file.public_key.hex()
+
+    def head(self) -> Head:
+        """Number and hash of the last record, signed: what a reply carries for the coordinator to remember."""
+        with self._file.locked():
+            return self._file.head()
+
+    def check_witness(self, heads: Sequence[bytes]) -> None:
+        """Compare with the heads that a coordinator remembers; call it before anything is charged.
+
+        Heads of other ledgers are passed over. Raises LedgerCorrupt, now and ever after, where this ledger's own is not
+        on its chain: an older copy was put in its place. Being ahead of it is normal, a reply may be lost. Raises ProtocolError for what
+        is no head, for two heads of this ledger, and for one that its key never signed.
+        """
+        if len(heads) > MAX_HEADS:
+            raise ProtocolError(f"a witness of {len(heads)} heads; the limit is {MAX_HEADS}")
+        with self._file.locked():
+            try:
+                mine = [Head.from_bytes(head) for head in heads if owner_of(head) == self._file.public_key]
+            except ValueError as error:
+                raise ProtocolError(f"the witness is refused: {error}") from error
+            if len(mine) > 1:
+                raise ProtocolError(f"the witness is refused: {len(mine)} heads of one ledger")
+            for head in mine:
+                if not self._file.holds(head) and not self._state.rolled_back:
+                    # On the disk, so that no other coordinator is answered either.
+                    self._file.append({"type": "rolled-back", "head": head.to_bytes().hex()})
+            self._refuse_rolled_back()
 
     def charge(
         self, run_id: str, server_round: int, release: Release, plan: Sequence[Release], instructions: str
@@ -74,28 +99,32 @@ class Ledger:
         before. Raises BudgetExhausted before anything is written where max_epsilon would be passed, and PrivacyError
         where a round number comes back with other instructions.
         """
-        with self._locked():
-            known = self._charged.get((run_id, server_round))
+        with self._file.locked():
+            state = self._state
+            known = state.charged.get((run_id, server_round))
             if known is not None:
                 return self._repeat(run_id, server_round, known, instructions)
-            if self._unprotected:
+            self._refuse_rolled_back()
+            if state.unprotected:
                 raise BudgetExhausted(
-                    f"these faces were given to run {self._unprotected} without any privacy, so no epsilon holds for them: "
+                    f"these faces were given to run {state.unprotected} without any privacy, so no epsilon holds for them: "
                     "private runs need other faces"
                 )
-            order = self._order
+            if release.mechanism not in MECHANISMS or release.steps < 1:
+                raise PrivacyError(
+                    f"{release.steps} steps of {release.mechanism!r}: want 1 or more, of one of {MECHANISMS}"
+                )
+            order = state.order
             if order is None:
-                order = filter_order(plan or [release], self._max_epsilon, self._delta)
-            rdp = self._rdp + rdp_of([release])
-            epsilon = float(epsilon_at_orders(rdp, self._delta)[order])
-            if not epsilon <= self._max_epsilon:
+                order = ORDERS[filter_order(plan or [release], self._max_epsilon, self._delta)]
+            rdp = total_after(state.rdp, release, order)
+            epsilon = epsilon_at_order(rdp, order, self._delta)
+            if not epsilon <= min(self._max_epsilon, sys.float_info.max):
                 raise BudgetExhausted(
                     f"round {server_round} would bring epsilon from {self.epsilon:.4g} to {epsilon:.4g}, over the owner's "
                     f"max-epsilon {self._max_epsilon:g}; nothing was computed. Only the owner can raise max-epsilon"
                 )
-            if self._order is None:
-                self._append({"type": "opened", "order": ORDERS[order], "delta": self._delta})
-            self._append(
+            self._file.append(
                 {
                     "type": "charged",
                     "run": run_id,
@@ -105,15 +134,18 @@ class Ledger:
                     "sample_rate": release.sample_rate,
                     "steps": release.steps,
                     "instructions": instructions,
+                    "order": order,
+                    "delta": self._delta,
+                    "rdp": rdp,
                 }
             )
             return None
 
     def note_unprotected(self, run_id: str) -> None:
         """Write down, before it happens, that a run gets these faces without privacy. From then on epsilon is infinite."""
-        with self._locked():
-            if not self._unprotected:
-                self._append({"type": "unprotected", "run": run_id})
+        with self._file.locked():
+            if not self._state.unprotected:
+                self._file.append({"type": "unprotected", "run": run_id})
 
     def forget_reply(self) -> None:
         """Delete the last reply, where nobody can ask for it again."""
@@ -122,19 +154,28 @@ class Ledger:
     def release(self, run_id: str, server_round: int, reply: bytes) -> None:
         """Put the noised reply on the disk and note its hash: from here on this round is answered with these bytes
         only."""
-        with self._locked():
-            if (run_id, server_round) not in self._charged or (run_id, server_round) in self._released:
+        with self._file.locked():
+            state = self._state
+            if (run_id, server_round) not in state.charged or (run_id, server_round) in state.released:
                 raise PrivacyError(
                     f"round {server_round} was not charged, or was answered before: nothing may be released"
                 )
             write_atomically(self._reply_path, reply)
             digest = hashlib.sha256(reply).hexdigest()
-            self._append({"type": "released", "run": run_id, "round": server_round, "reply": digest})
+            self._file.append({"type": "released", "run": run_id, "round": server_round, "reply": digest})
+
+    def _refuse_rolled_back(self) -> None:
+        if self._state.rolled_back:
+            raise LedgerCorrupt(
+                f"a coordinator remembers a record of this ledger that {self._file.path} does not hold: an older copy was put in its "
+                "place. What was spent since is missing, so this client trains no more until its owner restores the newest folder; if "
+                "that is gone for good, the budget of these faces counts as spent"
+            )
 
     def _repeat(self, run_id: str, server_round: int, known: str, instructions: str) -> bytes | None:
         if known != instructions:
             raise PrivacyError(f"round {server_round} was charged for other instructions; a round is answered once")
-        digest = self._released.get((run_id, server_round))
+        digest = self._state.released.get((run_id, server_round))
         if digest is None:
             return None
         reply = self._reply_path.read_bytes() if self._reply_path.exists() else b""
@@ -144,88 +185,39 @@ class Ledger:
             )
         return reply
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the file against other processes, and take in what they wrote."""
-        with self._path.open("a+b") as self._file:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            size = os.fstat(self._file.fileno()).st_size
-            if size < self._size:
-                raise LedgerCorrupt(
-                    f"{self._path} has shrunk from {self._size} to {size} bytes: this client trains no more until its owner "
-                    "restores the ledger"
-                )
-            if size != self._size:
-                self._reload()
-            yield
 
-    def _forget(self) -> None:
-        self._size = 0
-        self._unprotected = ""
-        self._order: int | None = None
-        self._rdp = np.zeros(len(ORDERS))
-        self._releases: list[Release] = []
-        self._charged: dict[tuple[str, int], str] = {}
-        self._released: dict[tuple[str, int], str] = {}
+def adopt_ledger(directory: Path, key_path: Path | None = None) -> bool:
+    """Write down that the ledger in `directory` has its place here from now on: the owner's word that it is the only
+    copy in use and that no record is missing.
 
-    def _reload(self) -> None:
-        self._forget()
-        self._file.seek(0)
-        content = self._file.read()
-        whole, _, torn = content.rpartition(b"\n")
-        if torn:
-            # A line without its end was never acknowledged: the power went while it was written.
-            self._file.truncate(len(content) - len(torn))
-            os.fsync(self._file.fileno())
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                self._take_in(json.loads(line))
-            except (ValueError, KeyError, TypeError, OverflowError) as error:
-                raise LedgerCorrupt(
-                    f"line {number} of {self._path} is damaged ({error}): this client trains no more until its owner restores "
-                    "the ledger from a copy that is not older than the last round"
-                ) from error
-        self._size = len(content) - len(torn)
+    For a ledger restored from a backup or moved to another machine; also one whose head file is gone or damaged.
+    Returns whether there was anything to adopt. Raises LedgerCorrupt where there is no ledger, or one that cannot be
+    trusted; a coordinator's witness still refuses one that is too old.
+    """
+    if not (directory / "ledger.jsonl").exists():
+        raise LedgerCorrupt(f"there is no ledger in {directory}: nothing to adopt")
+    file = LedgerFile(directory, LedgerState().take_in, key_path, adopt=True)
+    with file.locked():
+        if not (file.moved or file.headless):
+            return False
+        file.append({"type": "adopted", "place": file.place})
+        return True
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._take_in(record)
-        self._size += len(line)
 
-    def _take_in(self, record: dict[str, Any]) -> None:
-        kind = record["type"]
-        if kind == "unprotected":
-            self._unprotected = str(record["run"])
-            return
-        if (kind == "opened") != (self._order is None):
-            raise ValueError("the order is not fixed first, and once")
-        if kind == "opened":
-            self._order = ORDERS.index(record["order"])
-            if record["delta"] != self._delta:
-                raise ConfigError(
-                    f"this ledger was opened for delta {record['delta']:g} and the policy says {self._delta:g}: a ledger keeps its "
-                    f"delta; give {record['delta']:g}"
-                )
-            return
-        key = (str(record["run"]), int(record["round"]))
-        if kind == "charged":
-            release = Release(
-                record["mechanism"],
-                float(record["noise_multiplier"]),
-                float(record["sample_rate"]),
-                int(record["steps"]),
-            )
-            if release.mechanism not in MECHANISMS or release.steps < 1 or key in self._charged:
-                raise ValueError(f"an unknown mechanism, no steps, or a second charge of round {key[1]}")
-            self._charged[key] = record["instructions"]
-            self._releases.append(release)
-            self._rdp = self._rdp + rdp_of([release])
-        elif kind == "released":
-            if key not in self._charged or key in self._released:
-                raise ValueError(f"round {key[1]} was not charged, or was answered twice")
-            self._released[key] = record["reply"]
-        else:
-            raise ValueError(f"a record of unknown type {kind!r}")
+def _make_private(directory: Path) -> None:
+    try:
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            flush_folder(directory.parent)
+        if directory.stat().st_mode & 0o077:
+            directory.chmod(0o700)  # a reply under `central` is a clear sum
+    except OSError as error:
+        raise LedgerUnwritable(
+            f"no ledger can be kept in {directory} ({error}): nothing was released. Make it writable, or give another state-dir"
+        ) from error
+
+
+def _sweep(directory: Path) -> None:
+    """Delete what a killed process left of a reply; nobody is writing one now, since the ledger is locked."""
+    for leftover in directory.glob(f".{_REPLY_NAME}.*.tmp"):
+        leftover.unlink(missing_ok=True)

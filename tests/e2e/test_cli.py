@@ -285,7 +285,7 @@ def test_labels(run: Terminal, tmp_path: Path) -> None:
     kinds = {
         json.loads(line)["type"] for path in folder.rglob("ledger.jsonl") for line in path.read_text().splitlines()
     }
-    assert kinds == {"unprotected"}
+    assert kinds == {"opened", "unprotected"}
     code, out, err = run("generate", folder, "-n", 4, "--label", 2)
     assert code == 0, err
     made = sorted(path.name for path in (folder / "generated").glob("synthetic-*"))

@@ -14,9 +14,11 @@ from common.privacy.accounting import (
     ORDERS,
     Release,
     calibrate_noise_multiplier,
+    epsilon_at_order,
     epsilon_at_orders,
     epsilon_of,
     filter_order,
+    rdp_at,
     rdp_of,
     tight_epsilon_of,
 )
@@ -97,6 +99,65 @@ def test_rdp_is_above_the_exact_gaussian(sigma: float) -> None:
     claimed = epsilon_of([Release("moments", sigma, 1.0)], 1e-5)
     assert _gaussian_delta(sigma, claimed) <= 1e-5
     assert _gaussian_delta(sigma, 0.5 * claimed) > 1e-5
+
+
+GRID = [
+    [Release("gradients", 20.0, 1.0, 300)],
+    [Release("gradients", 8.0, 1.0, 40), Release("gradients", 30.0, 1.0, 100)],
+    [Release("gradients", 0.8, 0.02, 500)],
+    [Release("gradients", 2.0, 0.2, 200)],
+    [Release("gradients", 6.0, 0.5, 400)],
+    # The rate changes from round to round.
+    [Release("gradients", 1.5, 0.02 * k, 30) for k in range(1, 6)],
+    [Release("moments", 6.0, 1.0), *(Release("gradients", 1.0 + k, 0.05 * k, 50) for k in range(1, 5))],
+]
+
+
+@pytest.mark.parametrize("releases", GRID, ids=range(len(GRID)))
+@pytest.mark.parametrize("delta", [1e-5, 1e-7])
+def test_prv_and_google_s_pld_agree_within_two_percent_and_rdp_is_never_below(
+    releases: list[Release], delta: float
+) -> None:
+    tight, pld, rdp = tight_epsilon_of(releases, delta), _pld_epsilon(releases, delta), epsilon_of(releases, delta)
+    assert tight == pytest.approx(pld, rel=0.02)
+    assert rdp >= pld
+    order = ORDERS[filter_order(releases, rdp, delta)]
+    assert epsilon_at_order(float(rdp_at(releases, order).sum()), order, delta) >= pld
+
+
+def test_rdp_at_one_order_is_opacus_s_and_never_below() -> None:
+    pairs = list(itertools.product([0.05, 0.3, 0.7, 1.0, 5.0, 300.0], [1e-6, 1e-3, 0.1, 0.5, 0.99, 1.0]))
+    releases = [Release("gradients", sigma, rate) for sigma, rate in pairs]
+    everywhere = np.array([rdp_of([release]) for release in releases])
+    for order in (1.05, 1.1, 1.5, 2.0, 2.45, 3.2, 5.75, 9.95, 10, 20, 63, 64.0, 128.0, 1024.0):
+        expected, got = everywhere[:, ORDERS.index(order)], rdp_at(releases, order)
+        assert (got >= expected / (1 + 1e-9)).all()  # both are rounded up by 1e-9
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=3e-12 / (order - 1))
+        one_by_one = [rdp_at([release], order)[0] for release in releases]
+        np.testing.assert_allclose(one_by_one, got, rtol=1e-9, atol=1e-13 / (order - 1))
+    for sigma, rate in (
+        (0.0, 0.1),
+        (-1.0, 0.1),
+        (1e-3, 0.1),
+        (1.0, 0.0),
+        (1.0, -0.1),
+        (1.0, 1.1),
+        (np.nan, 0.1),
+        (1.0, np.nan),
+    ):
+        assert np.isinf(rdp_at([Release("gradients", sigma, rate), MOMENTS], 3.2)).tolist() == [True, False]
+    assert rdp_at([], 3.2).shape == (0,)
+    assert rdp_at([Release("gradients", 1.0, 0.1, 7)], 3.2)[0] == 7 * rdp_at([Release("gradients", 1.0, 0.1)], 3.2)[0]
+
+
+@pytest.mark.parametrize("order", [1.05, 1.5, 3.2, 9.95, 24])
+def test_many_different_rounds_are_priced_as_one_by_one(order: float) -> None:
+    rng = np.random.default_rng(0)
+    drawn = zip(rng.uniform(0.3, 50, 3000), rng.uniform(1e-4, 0.9, 3000), strict=True)
+    releases = [Release("gradients", float(sigma), float(rate)) for sigma, rate in drawn]
+    priced = rdp_at(releases, order)
+    for place in range(0, 3000, 100):
+        assert priced[place] == pytest.approx(rdp_at([releases[place]], order)[0], rel=1e-9, abs=1e-13 / (order - 1))
 
 
 def test_nothing_costs_nothing() -> None:
