@@ -25,6 +25,8 @@ lint: $(INSTALLED)
 
 benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/discriminator_step.py
+	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/pairs.py
 
 # torch first: where a CPU build is at hand, later packages then do not pull a CUDA one.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -24,6 +24,7 @@ def build() -> typer.Typer:
     from server.cli import start_command
     from simulations.cli import generate, simulate
     from simulations.data_cli import show
+    from simulations.plan_cli import plan
     from simulations.recipe import load_recipe
 
     app = typer.Typer(
@@ -32,6 +33,7 @@ def build() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.command("plan")(plan)
     app.command("simulate")(simulate)
     app.command("generate")(generate)
     client = typer.Typer(help="An owner's side: keeps the faces, enforces the budget.", no_args_is_help=True)

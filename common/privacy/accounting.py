@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from opacus.accountants import PRVAccountant
@@ -28,6 +28,8 @@ ORDERS: tuple[float, ...] = (
 # Float error of the analysis, paid for by reporting this much more than was computed.
 _ROUND_UP = 1 + 1e-9
 _LEAST = 1e-12
+# Where a search for the best order begins (order 3.05), and its strides.
+_START, _STRIDES = 40, (16, 4, 1)
 _LEAST_NOISE = 0.01
 
 
@@ -106,6 +108,28 @@ def epsilon_of(releases: Iterable[Release], delta: float) -> float:
     return float(epsilon_at_orders(rdp_of(releases), delta).min())
 
 
+def quick_epsilon_of(releases: Sequence[Release], delta: float) -> float:
+    """No less than `epsilon_of`, and the same but for 1e-8 where the epsilon of an order falls and then rises, as it does.
+
+    A fifth of the time and less, for searches: few orders are looked at, and each is remembered for the next search.
+    """
+    if not releases:
+        return 0.0
+
+    @cache
+    def proven(place: int) -> float:
+        return epsilon_at_order(float(rdp_at(releases, ORDERS[place]).sum()), ORDERS[place], delta)
+
+    place = _START
+    for stride in _STRIDES:
+        while True:
+            best = min((p for p in (place - stride, place + stride) if 0 <= p < len(ORDERS)), key=proven)
+            if proven(best) >= proven(place):
+                break
+            place = best
+    return proven(place) * (1 + 1e-8)
+
+
 def filter_order(releases: Iterable[Release], max_epsilon: float, delta: float) -> int:
     """Index into ORDERS of the order at which these releases could be repeated most often within `max_epsilon`.
 
@@ -151,7 +175,7 @@ def calibrate_noise_multiplier(
         return 0.0
 
     def cost(noise_multiplier: float) -> float:
-        return epsilon_of([*fixed, Release("gradients", noise_multiplier, sample_rate, steps)], delta)
+        return quick_epsilon_of([*fixed, Release("gradients", noise_multiplier, sample_rate, steps)], delta)
 
     low, high = 0.01, 1.0
     while cost(high) > epsilon:

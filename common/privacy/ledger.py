@@ -97,7 +97,7 @@ class Ledger:
         `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order; it binds nobody. `instructions`: their
         digest. Returns None where the round is to be computed, or the very bytes to send again where it was answered
         before. Raises BudgetExhausted before anything is written where max_epsilon would be passed, and PrivacyError
-        where a round number comes back with other instructions.
+        where a round number comes back with other instructions, or after a later one.
         """
         with self._file.locked():
             state = self._state
@@ -105,6 +105,11 @@ class Ledger:
             if known is not None:
                 return self._repeat(run_id, server_round, known, instructions)
             self._refuse_rolled_back()
+            if server_round < state.last_rounds.get(run_id, 0):
+                raise PrivacyError(
+                    f"round {server_round} comes after round {state.last_rounds[run_id]} of its run: a run goes forward; ask for a "
+                    "later round"
+                )
             if state.unprotected:
                 raise BudgetExhausted(
                     f"these faces were given to run {state.unprotected} without any privacy, so no epsilon holds for them: "

@@ -37,6 +37,7 @@ class LedgerState:
         self.releases: list[Release] = []
         self.unprotected = ""
         self.rolled_back = False
+        self.last_rounds: dict[str, int] = {}
         self._opened = False
 
     @property
@@ -88,6 +89,7 @@ class LedgerState:
                 f"delta; give {record['delta']:g}"
             )
         self.charged[key] = str(record["instructions"])
+        self.last_rounds[key[0]] = max(key[1], self.last_rounds.get(key[0], 0))
         self.releases.append(release)
         self.order, self.rdp = order, rdp
 

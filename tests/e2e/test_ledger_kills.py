@@ -84,14 +84,14 @@ SHARED = textwrap.dedent("""
     from common.privacy.ledger import Ledger
 
     def work(first):
-        ledger, server_round = Ledger(Path(sys.argv[1]), max_epsilon=3.0, delta=1e-5), first
+        ledger, server_round, run = Ledger(Path(sys.argv[1]), max_epsilon=3.0, delta=1e-5), first, "ab"[first] * 32
         told = os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         step = Release("gradients", 2.0, 0.1)
         try:
             while True:
-                assert ledger.charge("a" * 32, server_round, step, [step], "asked") is None
+                assert ledger.charge(run, server_round, step, [step], "asked") is None
                 os.write(told, f"charged {server_round}\\n".encode())
-                ledger.release("a" * 32, server_round, b"reply")
+                ledger.release(run, server_round, b"reply")
                 server_round += 2
         except BudgetExhausted:
             os._exit(7)

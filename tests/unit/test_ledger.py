@@ -275,3 +275,14 @@ def test_two_ledgers_on_one_file_see_each_other_s_charges(tmp_path: Path) -> Non
         assert 2.5 < ledger.epsilon <= 3.0
     one.release(RUN, 1, b"from one")
     assert charge(other, 1) == b"from one"
+
+
+def test_a_run_goes_forward(tmp_path: Path) -> None:
+    """A round that was passed over is not answered later: no coordinator needs it."""
+    ledger = open_ledger(tmp_path)
+    charge(ledger, 5)
+    with pytest.raises(PrivacyError, match="comes after round 5"):
+        charge(ledger, 4)
+    assert charge(ledger, 5) is None, "the last one may be asked for again"
+    assert ledger.charge("b" * 32, 1, STEP, PLAN, "asked") is None, "another run counts for itself"
+    assert len(ledger.releases) == 2

@@ -1,0 +1,249 @@
+"""What a budget buys, before anybody's data is touched: `visard plan`.
+
+Everything follows from declared, public constants. N units of all clients together, K clients, sample rate q, so B = q N
+units in a step; noise multiplier sigma, clipping norm C; sigma_m of the moment release, whose vectors have norm 1.
+
+The noise. At one sigma all four models cost a unit the same epsilon; they differ in whom it holds against, and in the
+noise on the sum that training sees. In multiples of a trusted curator's sigma C (the *noise factor* f):
+
+    central      1              the coordinator adds N(0, (sigma C)^2) once
+    distributed  sqrt(K / H)    each client adds a share of variance (sigma C)^2 / H, and all K answer; H = t - c for t
+                                survivors at least and c colluding clients (each client knows at least its own share)
+    local        sqrt(K)        each client adds N(0, (sigma C)^2): K independent ones
+    alone        K              one client: the noise of `central`, on N / K units instead of N
+
+The mean update divides by B (alone: by B / K, which is the K above), so each of its d coordinates has noise f sigma C / B.
+A unit moves the sum by C at most, so the update's norm is at most C, and its signal-to-noise at most B / (f sigma sqrt(d)).
+The moment release sums N / k vectors of norm 1 for each of k classes, noised in D coordinates: N / (k f sigma_m sqrt(D)).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.models.discriminators import DISCRIMINATORS
+from common.models.features import RandomFeatures
+from common.models.flat import num_parameters
+from common.privacy.accounting import tight_epsilon_of
+from common.sections import ModelConfig
+from simulations.plan_budget import Schedule
+from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, MODELS, Question
+from simulations.plan_verdict import Judgement, judge
+
+# PRV takes minutes where epsilon is so large that nobody asks.
+_MAX_PRV_EPSILON = 30.0
+FLOAT_BYTES, LABEL_BYTES = 4, 8
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What training would see under one model; None: no rounds, or no moment release.
+
+    mean_noise: standard deviation of each coordinate of the mean update.
+    """
+
+    mean_noise: float | None
+    update_snr: float | None
+    moment_snr: float | None
+
+    @property
+    def judgement(self) -> Judgement:
+        """What to expect of it."""
+        return judge(self.moment_snr, self.update_snr)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The figures of one privacy model at the plan's noise multiplier.
+
+    equal_noise_epsilon: what the noise of the plan's own model, on the mean update and on the moments, would cost a unit
+    under this one (infinite: no promise). bytes_down, bytes_up: of one client in an adversarial round, masks and shares of a
+    secure sum not counted. moment_bytes_up: in the moment round.
+    """
+
+    model: str
+    noise_factor: float
+    signals: Signals
+    equal_noise_epsilon: float
+    bytes_down: int
+    bytes_up: int
+    moment_bytes_up: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A question and its answer.
+
+    solved: what was computed, `noise-multiplier`, `epsilon` or `rounds`. budget: the epsilon that was asked for, or what it
+    came to. epsilon: what a ledger would count; epsilon_prv: None where it is too large to be worth it. dimension: of the
+    moment release, a class. models: for each of MODELS that can be had.
+    """
+
+    question: Question
+    noise_multiplier: float
+    rounds: int
+    budget: float
+    epsilon: float
+    epsilon_prv: float | None
+    parameters: int
+    dimension: int
+    models: dict[str, ModelPlan]
+    notes: list[str]
+
+    @property
+    def chosen(self) -> ModelPlan:
+        """The figures of the privacy model that was asked for."""
+        return self.models[self.question.model]
+
+    def epsilon_after(self, model: str, rounds: int) -> float:
+        """Epsilon of `model` after so many rounds with the noise on the mean that the plan's own model has."""
+        question = self.question
+        share = noise_factor(question, question.model) / noise_factor(question, model)
+        schedule = schedule_of(question.config, share)
+        return schedule.quick_epsilon(self.noise_multiplier * share, rounds)
+
+
+def make_plan(question: Question, *, tight: bool = True) -> Plan:
+    """Compute what is missing, and what it means under each model.
+
+    tight: also PRV, which takes up to half a second. Raises ConfigError where no run would fit the budget.
+    """
+    config, schedule = question.config, schedule_of(question.config)
+    privacy = config.privacy
+    noise, rounds, budget = privacy.noise_multiplier, config.training.num_rounds, privacy.epsilon
+    if question.solved == "rounds":
+        if not math.isfinite(schedule.epsilon(noise, 1)):
+            raise ConfigError(f"noise-multiplier = {noise:g} protects nobody: give 0.01 or more")
+        rounds = schedule.most_rounds(budget, noise)
+        if rounds == 0 and not config.moments.moment_rounds:
+            raise ConfigError(
+                f"not one round of noise-multiplier {noise:g} fits epsilon {budget:g}: raise one of them, or lower sample-rate"
+            )
+    elif question.solved == "noise-multiplier":
+        noise = schedule.least_noise(budget, rounds)
+    epsilon = schedule.epsilon(noise, rounds)
+    if not math.isfinite(epsilon):
+        raise ConfigError(f"noise multipliers under 0.01 protect nobody: {noise:g} is asked for; give 0.01 or more")
+    if question.solved == "epsilon":
+        budget = epsilon
+    noise = noise if rounds else 0.0
+    tight_epsilon = None
+    if tight and epsilon <= _MAX_PRV_EPSILON:
+        tight_epsilon = tight_epsilon_of(schedule.releases(noise, rounds), privacy.delta)
+    models: dict[str, ModelPlan] = {}
+    plan = Plan(
+        question,
+        noise,
+        rounds,
+        budget,
+        epsilon,
+        tight_epsilon,
+        count_parameters(config.model),
+        feature_dimension(config.model),
+        models,
+        _notes(question, rounds),
+    )
+    for model in MODELS:
+        if model != DISTRIBUTED or question.honest:
+            models[model] = _model_plan(plan, model)
+    return plan
+
+
+def noise_factor(question: Question, model: str) -> float:
+    """Noise on the sum over that of a trusted curator of all units."""
+    clients = question.clients
+    if model == DISTRIBUTED:
+        return math.sqrt(clients / question.honest)
+    return {CENTRAL: 1.0, LOCAL: math.sqrt(clients), ALONE: float(clients)}[model]
+
+
+def schedule_of(config: RunConfig, share: float = 1.0) -> Schedule:
+    """The schedule of a run, its moment noise times `share`."""
+    moments = config.moments
+    moment_noise = share * moments.moment_noise_multiplier if moments.moment_rounds else None
+    return Schedule(config.privacy.delta, config.privacy.sample_rate, config.training.local_steps, moment_noise)
+
+
+@lru_cache(maxsize=64)
+def count_parameters(model: ModelConfig) -> int:
+    """Parameters of the discriminator, counted without making any."""
+    with torch.device("meta"):
+        return num_parameters(
+            DISCRIMINATORS[model.discriminator](
+                image_size=model.image_size,
+                channels=model.channels,
+                num_classes=model.num_classes,
+                width=model.discriminator_width,
+            )
+        )
+
+
+def feature_dimension(model: ModelConfig) -> int:
+    """Entries of the moment release, a class."""
+    return _dimension(model.image_size, model.channels)
+
+
+@lru_cache(maxsize=8)
+def _dimension(image_size: int, channels: int) -> int:
+    return RandomFeatures(image_size, channels, seed=0).dim
+
+
+def signals_of(question: Question, model: str, noise: float, rounds: int) -> Signals:
+    """The signal-to-noise of `model` at a noise multiplier; the formulas are in the module's docstring."""
+    config, factor = question.config, noise_factor(question, model)
+    mean_noise = update_snr = moment_snr = None
+    if rounds:
+        mean_noise = factor * noise * config.privacy.max_grad_norm / question.batch
+        update_snr = question.batch / (factor * noise * math.sqrt(count_parameters(config.model)))
+    if config.moments.moment_rounds:
+        spread = factor * config.moments.moment_noise_multiplier * math.sqrt(feature_dimension(config.model))
+        moment_snr = question.persons / (max(config.model.num_classes, 1) * spread)
+    return Signals(mean_noise, update_snr, moment_snr)
+
+
+def _model_plan(plan: Plan, model: str) -> ModelPlan:
+    question, config = plan.question, plan.question.config
+    signals = signals_of(question, model, plan.noise_multiplier, plan.rounds)
+    gradient = fakes = moments = 0
+    if model != ALONE:  # its own coordinator
+        gradient = FLOAT_BYTES * plan.parameters if plan.rounds else 0
+        rows = max(config.model.num_classes, 1) if config.moments.moment_rounds else 0
+        moments = FLOAT_BYTES * plan.dimension * rows
+    if gradient and config.training.local_steps > 1:
+        image = config.model.channels * config.model.image_size**2 + (LABEL_BYTES if config.model.num_classes else 0)
+        fakes = config.training.local_steps * config.training.fake_batch * image
+    equal = plan.epsilon_after(model, plan.rounds)
+    return ModelPlan(model, noise_factor(question, model), signals, equal, gradient + fakes, gradient, moments)
+
+
+def _notes(question: Question, rounds: int) -> list[str]:
+    config = question.config
+    notes = []
+    if question.honest:
+        notes.append(
+            "distributed cannot be trained yet: it is a later addition. Its figures are of all "
+            f"{question.clients} clients answering, its promise of {question.survivors} at least, against the coordinator and any "
+            f"{question.colluding} of them"
+        )
+    else:
+        notes.append("distributed takes two clients or more")
+    if rounds and config.moments.moment_rounds:
+        notes.append(
+            "the verdict rests on the moment release: adversarial rounds have not been seen to help at these sizes yet"
+        )
+    elif not rounds and config.training.num_rounds:
+        notes.append("not one round fits beside the moment release: it is all there is")
+    if config.training.local_steps > 1:
+        notes.append(
+            f"rounds of {config.training.local_steps} steps are for local only; noise and s/n are those of one step"
+        )
+    if config.privacy.delta * question.persons >= 1:
+        notes.append(
+            f"delta {config.privacy.delta:g} is not under 1 / {question.persons:,.0f} {question.units}: it allows that one "
+            "of them is published whole; give a smaller --delta"
+        )
+    return notes
