@@ -19,6 +19,8 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 def build() -> typer.Typer:
     """All commands."""
+    from client.cli import check_command as check_run
+    from client.cli import init as init_client
     from client.cli import start as start_client
     from client.data_cli import check
     from server.cli import start_command
@@ -37,8 +39,9 @@ def build() -> typer.Typer:
     app.command("simulate")(simulate)
     app.command("generate")(generate)
     client = typer.Typer(help="An owner's side: keeps the faces, enforces the budget.", no_args_is_help=True)
+    client.command("init")(init_client)
+    client.command("check")(check_run(load_recipe))
     client.command("start")(start_client)
-    client.callback()(lambda: None)
     coordinator = typer.Typer(help="The other side: keeps the generator, sees no photograph.", no_args_is_help=True)
     coordinator.command("start")(start_command(load_recipe))
     coordinator.callback()(lambda: None)

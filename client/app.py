@@ -22,6 +22,8 @@ from common.sections import FaceSource
 
 # Flower keeps codes below 100 for itself.
 REFUSED = 100
+# All that is said of a refusal where the owner does not disclose reasons.
+UNDISCLOSED = "Refused"
 
 log = logging.getLogger("visard.client")
 
@@ -34,24 +36,27 @@ def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRan
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
+        disclose = False  # until the owner's word on it is read
         try:
-            return Message(_answer(message.content, context, new_random), reply_to=message)
+            policy = OwnerPolicy.from_context(context)
+            disclose = policy.disclose_reason
+            return Message(_answer(message.content, policy, context, new_random), reply_to=message)
         except RoundFailed as error:
+            kind = type(error).__name__
             log.error("round failed", exc_info=error.__cause__)
-            return Message(Error(REFUSED, type(error).__name__), reply_to=message)
         except VisardError as error:
-            # The owner reads why; the coordinator learns the kind of error and nothing of the data.
-            log.warning("round refused: %s: %s", type(error).__name__, error)
-            return Message(Error(REFUSED, type(error).__name__), reply_to=message)
+            # The owner reads why; the coordinator learns the kind of error at most, and nothing of the data.
+            kind = type(error).__name__
+            log.warning("round refused: %s: %s", kind, error)
         except Exception:
+            kind = "InternalError"
             log.exception("round failed")
-            return Message(Error(REFUSED, "InternalError"), reply_to=message)
+        return Message(Error(REFUSED, kind if disclose else UNDISCLOSED), reply_to=message)
 
     return client_app
 
 
-def _answer(content: RecordDict, context: Context, new_random: NewRandom) -> RecordDict:
-    policy = OwnerPolicy.from_context(context)
+def _answer(content: RecordDict, policy: OwnerPolicy, context: Context, new_random: NewRandom) -> RecordDict:
     instructions = RoundInstructions.from_record(content)
     policy.check(instructions)
     if instructions.stage is Stage.GRADIENTS:

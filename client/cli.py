@@ -1,21 +1,34 @@
-"""`visard client start`: one owner's node. What is slow to import is imported when it is used."""
+"""`visard client init`, `check` and `start`: one owner's node. What is slow to import is imported when it is used."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from common.errors import ConfigError, DataError
-from common.fields import key_of
-from common.privacy.units import PrivacyUnit
+from common.config import RunConfig
+from common.fields import Scalar, key_of
+from common.options import with_run_options
 from common.sections import FaceSource
 
+if TYPE_CHECKING:
+    from client.policy import OwnerPolicy
+    from client.run_check import RunFindings
+
 console = Console()
+
+LoadRecipe = Callable[[str, Mapping[str, Scalar]], RunConfig]
+PolicyOption = Annotated[Path, typer.Option(help="The owner's policy, as `visard client init` writes it")]
+_POLICY = Path("owner.toml")
+# What a new policy says where the owner gives nothing.
+_MAX_EPSILON = 10.0
 
 
 def with_source_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -47,98 +60,138 @@ def with_source_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @with_source_options
-def start(
+def init(
     data: Annotated[
         str,
         typer.Option(help="The owner's faces, which never leave: a folder, an .npz file, or a source such as hf:PATH"),
-    ],
-    coordinator: Annotated[str, typer.Option(help="HOST:PORT of the coordinator, loopback only")] = "127.0.0.1:9092",
-    max_epsilon: Annotated[
-        float, typer.Option(min=0, help="Budget of these faces over all runs and coordinators, ever")
-    ] = 10.0,
-    delta: Annotated[float, typer.Option(help="Delta of that budget")] = 1e-5,
-    unit: Annotated[PrivacyUnit, typer.Option(help="The least that must be protected")] = PrivacyUnit.PERSON,
-    allow_central: Annotated[
-        bool, typer.Option("--allow-central", help="Trust the coordinator with clear gradient sums; it adds the noise")
-    ] = False,
-    allow_non_private: Annotated[
-        bool, typer.Option("--allow-non-private", help="NO PRIVACY: answer runs without any protection")
-    ] = False,
-    state_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the privacy ledger; unless given beside the data, with .visard added")
-    ] = None,
+    ] = "faces",
+    out: Annotated[Path, typer.Option(help="The file to write; one that is there is not overwritten")] = _POLICY,
     *,
     reading: dict[str, Any],
 ) -> None:
+    """Write a policy with every key, its meaning and its default, for the owner to edit."""
+    from client.policy import OwnerPolicy
+    from client.policy_file import check_places, ledger_beside, load_policy_file, write_policy_file
+    from common.faces.folders import BY_NAME
+    from common.faces.loading import SCHEMES
+
+    source = FaceSource(data=data, **reading)
+    check_places(source)
+    given = {key_of(f.name): getattr(source, f.name) for f in fields(FaceSource)}
+    if data.partition(":")[0] not in SCHEMES:
+        given["data"] = str(Path(data).expanduser().resolve())
+    if source.attributes not in ("", BY_NAME):
+        given["attributes"] = str(Path(source.attributes).expanduser().resolve())
+    given |= {"state-dir": ledger_beside(data, out), "max-epsilon": _MAX_EPSILON}
+    keys: dict[str, tuple[Any, Any, str]] = {}
+    for f in fields(OwnerPolicy):
+        default = None if f.default is MISSING else f.default
+        keys[key_of(f.name)] = (given.get(key_of(f.name), default), default, f.metadata["help"])
+    write_policy_file(out, keys)
+    policy = OwnerPolicy.from_config(load_policy_file(out))
+    console.print(_told(policy), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{out} is written: read and edit it, then\n  visard client check --policy {out} RECIPE   # what a run would cost\n"
+        f"  visard client start --policy {out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def check_command(load_recipe: LoadRecipe) -> Callable[..., None]:
+    """`visard client check`. `load_recipe` turns a recipe's name or path, and the options given, into a configuration."""
+
+    def check(
+        recipe: Annotated[str, typer.Argument(help="The run: name of a recipe, or a path to a .toml")] = "demo",
+        policy: PolicyOption = _POLICY,
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        """What a run would cost these faces, and what of it the policy would refuse. Give the run's own options.
+
+        Nothing is sent or charged. What is printed is exact and for the owner alone. Ends with status 1 where the run would be refused.
+        """
+        config = load_recipe(recipe, overrides or {})
+        with console.status("reading the faces"):
+            from client.policy import OwnerPolicy
+            from client.policy_file import load_policy_file
+            from client.run_check import check_run
+            from common.faces import read_faces
+            from common.privacy.planner import with_noise
+
+            owner = OwnerPolicy.from_config(load_policy_file(policy))
+            config = with_noise(config)
+            reading = read_faces(owner.source, config.model.image_size, config.model.channels)
+            reading.warn(owner.data)
+            found = check_run(config, owner, reading.faces)
+        _show(found, config, owner)
+        if found.refused:
+            sys.exit(1)
+
+    return with_run_options(check, ("model", "privacy", "augmentation", "moments", "training"))
+
+
+def start(
+    policy: PolicyOption = _POLICY,
+    coordinator: Annotated[str, typer.Option(help="HOST:PORT of the coordinator, loopback only")] = "127.0.0.1:9092",
+) -> None:
     """Train with these faces for a coordinator, until stopped with Ctrl-C.
 
-    Runs only what is installed here, never code that a coordinator sends, and refuses every round that the options above do not allow.
-    Waits for a coordinator that is not up yet.
+    Runs only what is installed here, never code that a coordinator sends, and refuses every round that the policy does not allow.
+    Waits for a coordinator that is not up yet. A policy that was edited takes effect at the next start.
 
     TLS, node keys and supervision are a later addition: until then the coordinator must be on this machine.
     """
     with console.status("starting"):
-        from flwr.app import Context, RecordDict
-
         from client.app import app
         from client.node import run_node
         from client.policy import OwnerPolicy
+        from client.policy_file import check_places, load_policy_file
+        from common.privacy.units import PrivacyModel
 
-        policy = owner_config(
-            FaceSource(data=data, **reading), max_epsilon, delta, unit, allow_central, allow_non_private, state_dir
-        )
-        OwnerPolicy.from_context(Context(0, 0, dict(policy), RecordDict(), {}))
-    console.print(
-        f"{data}: at most epsilon {max_epsilon:g} (delta {delta:g}) for each {unit}, ledger in {policy['state-dir']}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if allow_non_private:
+        owner = OwnerPolicy.from_config(load_policy_file(policy))
+        check_places(owner)
+    console.print(_told(owner), highlight=False, markup=False, soft_wrap=True)
+    if PrivacyModel.NONE in owner.allowed_privacy_models:
         console.print("[bold white on red] NO PRIVACY [/] runs without any protection are answered", highlight=False)
-    run_node(coordinator, app, policy)
+    run_node(coordinator, app, owner.to_flat())
     console.print("stopped", highlight=False)
 
 
-def owner_config(
-    source: FaceSource,
-    max_epsilon: float,
-    delta: float,
-    unit: PrivacyUnit,
-    allow_central: bool,
-    allow_non_private: bool,
-    state_dir: Path | None,
-) -> dict[str, str | float | bool]:
-    """The node's configuration, with absolute paths.
+def _told(owner: "OwnerPolicy") -> str:
+    return (
+        f"{owner.data}: at most epsilon {owner.max_epsilon:g} (delta {owner.delta:g}) for each {owner.unit}, ledger in "
+        f"{owner.state_dir}"
+    )
 
-    Raises DataError where the faces are not there, ConfigError where there is no place for the ledger.
-    """
-    from common.faces.folders import BY_NAME
-    from common.faces.loading import SCHEMES
 
-    config = {key_of(f.name): getattr(source, f.name) for f in fields(FaceSource)}
-    if source.data.partition(":")[0] in SCHEMES:
-        if state_dir is None:
-            raise ConfigError(f"{source.data} is no path, so the ledger cannot lie beside it: give --state-dir")
+def _show(found: "RunFindings", config: RunConfig, owner: "OwnerPolicy") -> None:
+    privacy = config.privacy
+    held = "no" if found.units is None else f"{found.units:,}"
+    lines = [
+        f"{owner.data}: {held} units ({privacy.unit}), {found.images:,} images; the run declares {found.declared:,.0f} units a client",
+        f"ledger: epsilon {found.spent:.4g} spent in {found.releases:,} releases, {max(owner.max_epsilon - found.spent, 0):.4g} left of "
+        f"{owner.max_epsilon:g} (delta {owner.delta:g})",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if privacy.privacy_model == "none":
+        console.print("[bold white on red] NO PRIVACY [/] this run has no epsilon", highlight=False)
     else:
-        path = Path(source.data).expanduser().resolve()
-        if not path.exists():
-            raise DataError(
-                f"there are no faces at {path}: --data is a folder, an .npz file, or begins with {', '.join(f'{s}:' for s in SCHEMES)}"
-            )
-        config["data"] = str(path)
-        # Named after the data and not after a run: it is one budget for these faces, whoever asks.
-        state_dir = state_dir or path.with_name(path.name + ".visard")
-    if source.attributes and source.attributes != BY_NAME:
-        table = Path(source.attributes).expanduser().resolve()
-        if not table.is_file():
-            raise DataError(f"there is no CSV at {table}: --attributes is one, or {BY_NAME}")
-        config["attributes"] = str(table)
-    return {
-        **config,
-        "state-dir": str(state_dir.expanduser().resolve()),
-        "max-epsilon": max_epsilon,
-        "delta": delta,
-        "unit": str(unit),
-        "allow-central": allow_central,
-        "allow-non-private": allow_non_private,
-    }
+        bounded = owner.max_epsilon > 0 and found.after < float("inf")
+        share = (found.after - found.spent) / owner.max_epsilon if bounded else float("inf")
+        noise = f"{privacy.privacy_model}, noise multiplier {privacy.noise_multiplier:.4g}"
+        console.print(
+            f"this run ({noise}): epsilon {found.after:.4g} in all when it is over, {share:.0%} of the budget by RDP",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not found.refused:
+        console.print("[green]nothing would be refused[/]", highlight=False)
+        return
+    table = Table(title="would be refused", style="red", title_style="bold red")
+    for name in ("key", "asked", "limit", "remedy"):
+        table.add_column(name, overflow="fold")
+    for refusal in found.refused:
+        table.add_row(*map(escape, (refusal.key, refusal.value, refusal.limit, refusal.remedy)), style="red")
+    console.print(table)

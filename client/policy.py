@@ -1,142 +1,259 @@
-"""What this owner allows: where the faces are, and how much privacy may be spent on them.
+"""What this owner allows: where the faces are, how much privacy may be spent on them, and which rounds are answered.
 
-It comes from the node's own configuration, never from the run's: the coordinator proposes, the owner disposes.
+It comes from the node's own configuration, never from the run's: the coordinator proposes, the owner disposes. All that
+a coordinator asks is compared with it before anything is charged or read.
 """
 
+import difflib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
+import torch
 from flwr.app import Context
 
+from client.policy_file import load_policy_file
+from client.simulated import simulated_owner
 from common.errors import ConfigError, PrivacyError
-from common.faces.procedural import parse_source
-from common.fields import Scalar, convert, key_of, keys_of
-from common.messages import RoundInstructions
+from common.fields import Scalar, between, convert, key_of, keys_of, listed, option, require
+from common.messages import RoundInstructions, Stage
+from common.models.discriminators import DISCRIMINATORS
+from common.models.flat import num_parameters
 from common.privacy.units import PrivacyModel, PrivacyUnit
-from common.sections import FaceSource
+from common.sections import FaceSource, ModelConfig
+
+PolicyValue = Scalar | Sequence[str]
+# What Flower adds to the configuration of a simulated node.
+_FLOWERS_OWN = {"partition-id", "num-partitions"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that the policy does not allow. key: of the policy. value: what was asked."""
+
+    key: str
+    value: str
+    limit: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.value} is asked and this owner's {self.key} is {self.limit}: {self.remedy}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerPolicy(FaceSource):
-    """The owner's word. Every field has a key of the same name, with dashes, in the node's configuration.
+    """The owner's word. Every field has a key of the same name, with dashes, in the policy file.
 
-    What a FaceSource has: where the faces are and how they are read. state_dir: the ledger and the cache of preprocessed faces.
-    max_epsilon, delta: the budget of this data set over all runs and coordinators. unit: the least that must be
-    protected; `image` allows both units. allow_central: send clear gradient sums to the coordinator, which is trusted
-    to add the noise. allow_non_private: answer rounds without any protection.
+    What a FaceSource has says where the faces are and how they are read. min_cohort rests on the coordinator's word: a
+    client does not see the others.
     """
 
-    state_dir: Path
-    max_epsilon: float
-    delta: float = 1e-5
-    unit: PrivacyUnit = PrivacyUnit.PERSON
-    allow_central: bool = False
-    allow_non_private: bool = False
+    data: str = field(
+        metadata={
+            "help": "the faces, which never leave: a folder, an .npz file, or a source such as hf:PATH; paths are relative to this file"
+        }
+    )
+    state_dir: Path = field(
+        metadata={"help": "folder of the privacy ledger and of preprocessed faces; one for these faces, whoever asks"}
+    )
+    max_epsilon: float = field(metadata={"help": "budget of these faces over all runs and coordinators, ever"})
+    delta: float = option(1e-5, "delta of that budget; a ledger keeps the one that it began with")
+    unit: PrivacyUnit = option(
+        PrivacyUnit.PERSON, "the least that must be protected: person (all photographs of one), or image (allows both)"
+    )
+    allowed_privacy_models: tuple[PrivacyModel, ...] = option(
+        (PrivacyModel.LOCAL,),
+        "of local (noised here: nobody is trusted), central (the coordinator gets clear sums and is trusted to add the noise), "
+        "none (NO PRIVACY)",
+    )
+    allowed_discriminators: tuple[str, ...] = option(tuple(DISCRIMINATORS), "networks that a run may train here")
+    min_noise_multiplier: float = option(0.3, "least noise of a gradient step, as a multiple of the clipping norm")
+    min_moment_noise_multiplier: float = option(0.3, "least noise of the moment release, as a multiple of its norm")
+    min_cohort: int = option(
+        2, "least number of clients that a round must need; this is the coordinator's word, a client cannot see it"
+    )
+    min_expected_batch: float = option(
+        1.0, "least number of units (persons or images) that a run declares for a client's step"
+    )
+    max_sample_rate: float = option(0.5, "largest probability with which a unit enters a gradient step, up to 1")
+    max_images_per_person: int = option(100, "most photographs of one person in a step")
+    max_parameters: int = option(10_000_000, "largest discriminator, in parameters")
+    max_local_steps: int = option(100, "most gradient steps in one round")
+    max_planned_steps: int = option(
+        1_000_000, "most gradient steps that a run may plan; the plan fixes a new ledger's order of accounting"
+    )
+    disclose_reason: bool = option(
+        True,
+        "tell the coordinator the kind of a refusal (such as BudgetExhausted); with false it hears Refused only, and cannot leave "
+        "this client out once its budget is spent",
+    )
 
     @classmethod
     def from_context(cls, context: Context) -> Self:
-        """Read the node's configuration; a node of Flower's simulation engine (`partition-id`, no data) gets its
-        simulated share.
+        """Read the node's configuration.
+
+        It holds flat keys, or `policy` alone: the path of a policy file, which is then read for every message. So
+        Flower's own node is started with `flower-supernode --node-config 'policy="owner.toml"'`. A node of Flower's
+        simulation engine (`partition-id`, no data) gets its simulated share.
 
         Raises ConfigError where a key is missing, unknown or out of range.
         """
-        config = dict(context.node_config)
-        if "data" not in config and "partition-id" in config and _in_ray_worker():
-            config = simulated_owner(config, context)
+        config: dict[str, PolicyValue] = {k: v for k, v in context.node_config.items() if k not in _FLOWERS_OWN}
+        if "policy" in config:
+            path = Path(str(config.pop("policy"))).expanduser()
+            require(
+                not config, f"policy = {path} and beside it {', '.join(sorted(config))}: write all keys into that file"
+            )
+            config = load_policy_file(path)
+        elif "data" not in config and "partition-id" in context.node_config and _in_ray_worker():
+            config |= simulated_owner(context.node_config, context.run_config, context.run_id)
         return cls.from_config(config)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Scalar]) -> Self:
-        """Parse flat keys. Raises ConfigError where one is missing, unknown or out of range."""
+    def from_config(cls, config: Mapping[str, PolicyValue]) -> Self:
+        """Parse keys; a list is a sequence of words, or comma-separated text as Flower's flat configuration has it.
+
+        Raises ConfigError where a key is missing, unknown or out of range.
+        """
+        known = {key_of(f.name): f.name for f in fields(cls)}
+        for key in config:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                raise ConfigError(f"unknown key {key!r} in this node's policy: {hint}")
         missing = {"data", "state-dir", "max-epsilon"} - set(config)
         if missing:
             raise ConfigError(
-                f"this node's configuration lacks {', '.join(sorted(missing))}: start it with `visard client start`, or give "
-                "flower-supernode a --node-config with these keys"
-            )
-        known = {key_of(f.name): f.name for f in fields(cls)}
-        unknown = set(config) - set(known) - {"partition-id", "num-partitions"}
-        if unknown:
-            raise ConfigError(
-                f"unknown keys in this node's configuration: {', '.join(sorted(unknown))}; known: {sorted(known)}"
+                f"this node's policy lacks {', '.join(sorted(missing))}: write a policy with `visard client init`, start with "
+                "`visard client start --policy FILE`, or give flower-supernode a --node-config with policy=FILE"
             )
         hints = get_type_hints(cls)
-        values: dict[str, Any] = {
-            known[key]: Path(str(value)).expanduser()
-            if hints[known[key]] is Path
-            else convert(key, value, hints[known[key]])
-            for key, value in config.items()
-            if key in known
-        }
-        return cls(**values)
+        return cls(**{known[key]: _parsed(key, value, hints[known[key]]) for key, value in config.items()})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.max_epsilon < float("inf") and 0 < self.delta < 0.5):
-            raise ConfigError(
-                f"max-epsilon {self.max_epsilon} must be finite and not negative, delta {self.delta} in (0, 0.5)"
-            )
+        between(self, ["max_epsilon"], 0, 1e9)
+        between(self, ["delta"], 0, 0.499999, open_low=True)
+        between(self, ["min_noise_multiplier", "min_moment_noise_multiplier"], 0, 1e3)
+        between(self, ["min_cohort", "max_local_steps"], 1, 10**4)
+        between(self, ["min_expected_batch"], 0, 1e9)
+        between(self, ["max_sample_rate"], 0, 1, open_low=True)
+        between(self, ["max_images_per_person"], 1, 1000)
+        between(self, ["max_parameters"], 1, 10**10)
+        between(self, ["max_planned_steps"], 1, 10**9)
+        for name, words, known in (
+            ("allowed-privacy-models", self.allowed_privacy_models, tuple(PrivacyModel)),
+            ("allowed-discriminators", self.allowed_discriminators, tuple(DISCRIMINATORS)),
+        ):
+            wrong = [word for word in words if word not in known]
+            require(bool(words) and not wrong, f"{name} = {', '.join(words)!r}: choose of {', '.join(known)}")
 
     @property
     def source(self) -> FaceSource:
         """Where the faces are and how they are read, without the rest of the policy."""
         return FaceSource(**{f.name: getattr(self, f.name) for f in fields(FaceSource)})
 
+    def to_flat(self) -> dict[str, Scalar]:
+        """Every key, as Flower's flat configuration holds it: the inverse of `from_config`."""
+        flat: dict[str, Scalar] = {}
+        for name, key in keys_of(type(self)):
+            value = getattr(self, name)
+            kept = type(value) in (bool, int, float)
+            flat[key] = value if kept else ",".join(value) if isinstance(value, tuple) else str(value)
+        return flat
+
     def check(self, instructions: RoundInstructions) -> None:
         """Refuse a round that this owner does not allow. Raises PrivacyError before anything is charged or read."""
-        model, unit = instructions.privacy.privacy_model, instructions.privacy.unit
-        if model is PrivacyModel.NONE and not self.allow_non_private:
-            raise PrivacyError(
-                "the coordinator asks for a round without privacy; this owner has not set allow-non-private"
+        found = self.refusals(instructions)
+        if found:
+            raise PrivacyError("; ".join(map(str, found)))
+
+    def refusals(self, asked: RoundInstructions) -> list[Refusal]:
+        """All that this owner does not allow in a round. Looks at the settings, not at the arrays.
+
+        A moment round is judged with the steps that it says will follow: nothing is spent on a run that would be
+        refused in its second round.
+        """
+        privacy, model = asked.privacy, asked.model
+        private = privacy.privacy_model is not PrivacyModel.NONE
+        found = []
+
+        def refuse(key: str, value: object, limit: object, remedy: str) -> None:
+            found.append(Refusal(key, f"{value}", f"{limit}", remedy))
+
+        def at_least(name: str, what: str, value: float) -> None:
+            if not value >= getattr(self, name):
+                key = key_of(name)
+                refuse(key, f"{what} {value:g}", f"{getattr(self, name):.10g}", f"raise it, or the owner lowers {key}")
+
+        def at_most(name: str, what: str, value: float) -> None:
+            if not value <= getattr(self, name):
+                key = key_of(name)
+                refuse(
+                    key, f"{what} {value:.10g}", f"{getattr(self, name):.10g}", f"lower it, or the owner raises {key}"
+                )
+
+        if privacy.privacy_model not in self.allowed_privacy_models:
+            refuse(
+                "allowed-privacy-models",
+                f"privacy-model {privacy.privacy_model}",
+                ", ".join(self.allowed_privacy_models),
+                "run with one of these, or the owner adds it",
             )
-        if model is PrivacyModel.CENTRAL and not self.allow_central:
-            raise PrivacyError(
-                "the coordinator asks for clear gradients (central); this owner has not set allow-central"
+        if private and self.unit is PrivacyUnit.PERSON and privacy.unit is not PrivacyUnit.PERSON:
+            refuse("unit", f"unit {privacy.unit}", self.unit, f"run with unit {self.unit}, or the owner lowers it")
+        if model.discriminator not in self.allowed_discriminators:
+            refuse(
+                "allowed-discriminators",
+                f"discriminator {model.discriminator}",
+                ", ".join(self.allowed_discriminators),
+                "run with one of these, or the owner adds it",
             )
-        if model is not PrivacyModel.NONE and self.unit is PrivacyUnit.PERSON and unit is not PrivacyUnit.PERSON:
-            raise PrivacyError(f"the coordinator would protect one {unit} only; this owner asks for unit {self.unit}")
+        at_most("max_parameters", "a discriminator of", discriminator_size(model))
+        at_least("min_cohort", "min-clients", asked.min_clients)
+        if asked.stage is Stage.MOMENTS and private:
+            at_least("min_moment_noise_multiplier", "moment-noise-multiplier", asked.moment_noise_multiplier)
+        if asked.stage is Stage.GRADIENTS or asked.planned_steps > 0:
+            if private:
+                at_least("min_noise_multiplier", "noise-multiplier", privacy.noise_multiplier)
+            at_least("min_expected_batch", "expected-batch", privacy.expected_batch)
+            at_most("max_sample_rate", "sample-rate", privacy.sample_rate)
+            if privacy.unit is PrivacyUnit.PERSON:
+                at_most("max_images_per_person", "images-per-person", privacy.images_per_person)
+            at_most("max_local_steps", "local-steps", asked.local_steps)
+            at_most("max_planned_steps", "planned steps", asked.planned_steps)
+        return found
+
+
+@lru_cache(maxsize=64)
+def discriminator_size(model: ModelConfig) -> int:
+    """Parameters of the discriminator that a run names, counted without memory for any of them."""
+    kind = DISCRIMINATORS[model.discriminator]
+    with torch.device("meta"):
+        network = kind(
+            image_size=model.image_size,
+            channels=model.channels,
+            num_classes=model.num_classes,
+            width=model.discriminator_width,
+        )
+    return num_parameters(network)
+
+
+def _parsed(key: str, value: PolicyValue, target: Any) -> Any:
+    if target is Path:
+        require(isinstance(value, str) and bool(value), f"{key} = {value!r} must be a path")
+        return Path(str(value)).expanduser()
+    if not get_args(target):
+        return convert(key, value, target)  # type: ignore[arg-type]  # it refuses a list
+    words = listed(value) if isinstance(value, str) else value
+    require(isinstance(words, list | tuple), f"{key} = {value!r} must be a list of words")
+    return tuple(convert(key, word, get_args(target)[0]) for word in words)  # type: ignore[union-attr]
 
 
 def _in_ray_worker() -> bool:
     """Whether this process is a worker of Flower's simulation engine, which no SuperNode or node of ours ever is."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
-
-
-def simulated_owner(config: Mapping[str, Scalar], context: Context) -> dict[str, Scalar]:
-    """A simulated node's share: its own procedural persons, or its own source where `data` has the placeholder
-    {client}; it may stand in `attributes` too.
-
-    Only a worker of Flower's simulation engine gets here, where coordinator and owner are one: at a real node the run's
-    configuration names neither data nor budget.
-    """
-    run, client, clients = context.run_config, int(config["partition-id"]), int(config["num-partitions"])
-    source = {key: run[key] for _, key in keys_of(FaceSource)}
-    data = str(source["data"])
-    if data.startswith("procedural:"):
-        persons, images, seed = parse_source(data.removeprefix("procedural:"))
-        mine = persons[len(persons) * client // clients : len(persons) * (client + 1) // clients]
-        data = f"procedural:persons={len(mine)},first={mine.start},images={images},seed={seed}"
-    elif "{client}" in data:
-        data = data.replace("{client}", str(client))
-    else:
-        raise ConfigError(
-            f"data = {data!r}: under `flwr run` a simulated client needs its own faces: procedural:..., or a path or source with "
-            "{client} in it, such as flwr-datasets:...,partition={client}; `visard simulate` deals out one folder"
-        )
-    private = run["privacy-model"] != PrivacyModel.NONE
-    return {
-        **config,
-        **source,
-        "data": data,
-        "attributes": str(source["attributes"]).replace("{client}", str(client)),
-        "state-dir": f"{run.get('runs-dir', 'runs')}/flwr-{context.run_id}/clients/{client}",
-        "max-epsilon": run["epsilon"] if private else 0.0,
-        "delta": run["delta"],
-        "unit": run["unit"],
-        "allow-central": run["privacy-model"] == PrivacyModel.CENTRAL,
-        "allow-non-private": not private,
-    }

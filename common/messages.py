@@ -45,7 +45,8 @@ class RoundInstructions:
 
     run_id: names the run in every client's ledger, 32 hex digits. server_round: from 1. planned_steps: discriminator
     steps of the whole run, of which this round is a part; it chooses the RDP order before anything is spent and binds
-    nobody. discriminator: (d,) float32 parameters; None in the moment stage. fakes: (n, C, H, W) uint8 and fake_labels:
+    nobody. min_clients: updates without which the coordinator says that it ends the round; owners may ask for a least.
+    discriminator: (d,) float32 parameters; None in the moment stage. fakes: (n, C, H, W) uint8 and fake_labels:
     (n,) int64, for rounds of several local steps only, n a multiple of local_steps.
     """
 
@@ -59,6 +60,7 @@ class RoundInstructions:
     moment_noise_multiplier: float
     feature_seed: int
     planned_steps: int
+    min_clients: int
     local_steps: int = 1
     local_lr: float = 0.05
     discriminator: np.ndarray | None = None
@@ -83,8 +85,13 @@ class RoundInstructions:
         return sum(array.nbytes for array in self._arrays().values())
 
     def digest(self) -> str:
-        """SHA-256 over every field: two instructions with one digest ask for the same thing."""
-        sha = hashlib.sha256(json.dumps(self._scalars(), sort_keys=True).encode())
+        """SHA-256 over every field on which the answer depends: two instructions with one digest ask for the same thing.
+
+        `min_clients` is left out: a run that is resumed with fewer clients asks for the same round again, and the
+        owner's policy judges it anew each time.
+        """
+        scalars = {key: value for key, value in self._scalars().items() if key != "min_clients"}
+        sha = hashlib.sha256(json.dumps(scalars, sort_keys=True).encode())
         for name, array in self._arrays().items():
             sha.update(f"{name}{array.dtype}{array.shape}".encode())
             sha.update(np.ascontiguousarray(array).data)
@@ -132,6 +139,7 @@ class RoundInstructions:
         require(1 <= self.server_round <= 10**8, f"server_round = {self.server_round}")
         require(1 <= self.local_steps <= 10**4, f"local_steps = {self.local_steps}")
         require(0 <= self.planned_steps <= 10**9, f"planned_steps = {self.planned_steps}")
+        require(1 <= self.min_clients <= 10**4, f"min_clients = {self.min_clients}")
         require(self.moment_rounds in (0, 1), f"moment_rounds = {self.moment_rounds}")
         require(0 < self.local_lr <= 10, f"local_lr = {self.local_lr}")
         require(0 <= self.moment_noise_multiplier <= 1e6, f"moment_noise_multiplier = {self.moment_noise_multiplier}")

@@ -59,7 +59,7 @@ def start_command(load_recipe: LoadRecipe) -> Callable[..., None]:
             with superlink_grid(address, directory) as grid:
                 console.print(
                     f"{directory}: waiting for {state.config.training.min_clients} clients or more; start each with\n"
-                    f"  visard client start --coordinator {address} --data FOLDER",
+                    f"  visard client start --coordinator {address} --policy owner.toml",
                     highlight=False,
                     soft_wrap=True,
                 )

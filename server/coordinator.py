@@ -123,6 +123,7 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
         moment_noise_multiplier=config.moments.moment_noise_multiplier,
         feature_seed=config.moments.feature_seed,
         planned_steps=planned_steps(config),
+        min_clients=config.training.min_clients,
     )
     if moments:
         return instructions

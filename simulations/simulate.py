@@ -13,6 +13,7 @@ from flwr.app import UserConfigValue
 from flwr.clientapp import ClientApp
 
 from client.app import app as shipped_client_app
+from client.simulated import simulated_limits
 from common.config import RunConfig
 from common.errors import DataError
 from common.faces import FaceDataset, load_faces
@@ -108,18 +109,8 @@ def _own_folder(root: Path) -> Iterator[Path]:
 
 
 def owner_config(config: RunConfig, data: Path, state_dir: Path) -> dict[str, UserConfigValue]:
-    """What a simulated owner sets: the run's budget, and whatever its privacy model needs."""
-    privacy = config.privacy
-    private = privacy.privacy_model is not PrivacyModel.NONE
-    return {
-        "data": str(data),
-        "state-dir": str(state_dir),
-        "max-epsilon": privacy.epsilon if private else 0.0,
-        "delta": privacy.delta,
-        "unit": str(privacy.unit),
-        "allow-central": privacy.privacy_model is PrivacyModel.CENTRAL,
-        "allow-non-private": not private,
-    }
+    """What a simulated owner sets: the run's budget, and whatever else the run needs."""
+    return {"data": str(data), "state-dir": str(state_dir), **simulated_limits(config.to_flat())}
 
 
 def close_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]]:

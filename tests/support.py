@@ -122,6 +122,7 @@ def gradient_instructions(config: RunConfig, weights: np.ndarray, server_round: 
         moment_noise_multiplier=config.moments.moment_noise_multiplier,
         feature_seed=config.moments.feature_seed,
         planned_steps=config.training.num_rounds,
+        min_clients=config.training.min_clients,
         discriminator=weights,
     )
 

@@ -206,12 +206,13 @@ def test_addresses(address: str) -> None:
 
 
 def test_the_commands_train_to_the_end_and_keep_to_the_budget(start: Start, address: str, tmp_path: Path) -> None:
-    options = ["--coordinator", address, "--max-epsilon", "10"]
+    for i in range(2):
+        faces = f"procedural:persons=20,images=2,first={20 * i}"
+        written = start("-m", "visard", "client", "init", "--data", faces, "--out", f"owner-{i}.toml")
+        output, _ = written.communicate(timeout=60)
+        assert written.returncode == 0, output
     clients = [
-        start(
-            *("-m", "visard", "client", "start", *options, "--state-dir", f"owner-{i}"),
-            *("--data", f"procedural:persons=20,images=2,first={20 * i}"),
-        )
+        start("-m", "visard", "client", "start", "--coordinator", address, "--policy", f"owner-{i}.toml")
         for i in range(2)
     ]
     run = ["--name", "small", "--address", address, "--min-clients", "2", "--privacy-model", "local"]
@@ -230,7 +231,7 @@ def test_the_commands_train_to_the_end_and_keep_to_the_budget(start: Start, addr
     assert (tmp_path / "runs/small/generator.safetensors").stat().st_size > 0
     for i, client in enumerate(clients):
         assert client.poll() is None, "a node runs until it is stopped"
-        assert 0 < Ledger(tmp_path / f"owner-{i}", max_epsilon=10.0, delta=1e-5).epsilon <= 10
+        assert 0 < Ledger(tmp_path / f"owner-{i}.visard", max_epsilon=10.0, delta=1e-5).epsilon <= 10
         client.terminate()
         output, _ = client.communicate(timeout=60)
         assert client.returncode == 0

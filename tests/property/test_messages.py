@@ -55,6 +55,7 @@ def test_instructions_survive_the_round_trip(weights: np.ndarray, number: int, s
         moment_noise_multiplier=2.0,
         feature_seed=0,
         planned_steps=steps,
+        min_clients=2,
         local_lr=rate,
         discriminator=weights,
     )

@@ -21,7 +21,6 @@ DOORS = {
 # Where Flower may be imported. Models, losses, clipping, faces, training and evaluation know nothing of federation.
 FLOWER = {
     "client/app.py",
-    "client/cli.py",
     "client/node.py",
     "client/policy.py",
     "common/messages.py",

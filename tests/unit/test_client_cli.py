@@ -1,71 +1,214 @@
-"""What `visard client start` makes of its options."""
+"""The owner's policy file: how `visard client` writes it, reads it, and judges a run by it."""
 
 import dataclasses
+import stat
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import Result
+from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
-from client.cli import owner_config
 from client.policy import OwnerPolicy
+from client.policy_file import load_policy_file
+from client.run_check import check_run, spent
 from common.errors import ConfigError, DataError
+from common.faces import load_faces
 from common.fields import key_of
-from common.privacy.units import PrivacyUnit
+from common.privacy.accounting import epsilon_of
+from common.privacy.ledger import Ledger
+from common.privacy.planner import planned_steps, run_releases
+from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.sections import FaceSource
+from tests.support import tiny_config
 from visard import build
 
-GIVEN = (5.0, 1e-6, PrivacyUnit.PERSON, False, False)
+RUN = ["--image-size", "28", "--channels", "1", "--discriminator", "mlp", "--discriminator-width", "4"]
 
 
-def test_the_ledger_lies_beside_the_faces_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def visard(*command: str) -> Result:
+    return CliRunner().invoke(build(), list(command), env={"COLUMNS": "200"})
+
+
+def written(policy: Path) -> OwnerPolicy:
+    return OwnerPolicy.from_config(load_policy_file(policy))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "faces").mkdir()
     monkeypatch.chdir(tmp_path)
-    config = owner_config(FaceSource(data="faces"), *GIVEN, None)
-    assert config["data"] == str(tmp_path / "faces")
-    assert config["state-dir"] == str(tmp_path / "faces.visard")
-    assert owner_config(FaceSource(data="faces/../faces"), *GIVEN, None) == config
-    assert owner_config(FaceSource(data="faces"), *GIVEN, Path("elsewhere"))["state-dir"] == str(tmp_path / "elsewhere")
-    assert (config["max-epsilon"], config["delta"], config["unit"]) == (5.0, 1e-6, "person")
-    assert config["allow-central"] is config["allow-non-private"] is False
+    return tmp_path
 
 
-def test_faces_that_are_not_there_and_faces_without_a_place_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no faces at"):
-        owner_config(FaceSource(data=str(tmp_path / "nothing")), *GIVEN, None)
-    with pytest.raises(ConfigError, match="give --state-dir"):
-        owner_config(FaceSource(data="procedural:persons=2"), *GIVEN, None)
+def test_a_new_policy_has_every_key_its_meaning_and_its_default(folder: Path) -> None:
+    shown = visard("client", "init", "--data", "faces")
+    assert shown.exit_code == 0, shown.output
+    assert "visard client start --policy owner.toml" in shown.output
+    text = (folder / "owner.toml").read_text()
+    assert stat.S_IMODE((folder / "owner.toml").stat().st_mode) == 0o600
+    assert set(tomllib.loads(text)) == {key_of(f.name) for f in dataclasses.fields(OwnerPolicy)}
+    joined = " ".join(text.replace("# ", "").split())
+    for f in dataclasses.fields(OwnerPolicy):
+        assert " ".join(f.metadata["help"].split()) in joined, f.name
+    assert "(default 0.5)" in text
+    # The ledger lies beside the faces, whoever asks and wherever the policy lies.
+    assert written(folder / "owner.toml") == OwnerPolicy(
+        data=str(folder / "faces"), state_dir=folder / "faces.visard", max_epsilon=10.0
+    )
+    elsewhere = visard("client", "init", "--data", "faces/../faces", "--out", "second.toml")
+    assert elsewhere.exit_code == 0
+    assert written(folder / "second.toml") == written(folder / "owner.toml")
 
 
-def test_every_way_of_reading_reaches_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "faces").mkdir()
-    (tmp_path / "who.csv").write_text("file,who\n")
-    monkeypatch.chdir(tmp_path)
-    source = FaceSource(data="faces", crop=0.5, detect="largest", attributes="who.csv", person_column="who")
-    config = owner_config(source, *GIVEN, None)
-    policy = OwnerPolicy.from_config(config)
-    paths = {"data": str(tmp_path / "faces"), "attributes": str(tmp_path / "who.csv")}
-    assert policy.source == dataclasses.replace(source, **paths)
-    assert owner_config(FaceSource(data="faces", attributes="utkface"), *GIVEN, None)["attributes"] == "utkface"
-    with pytest.raises(DataError, match="no CSV at"):
-        owner_config(FaceSource(data="faces", attributes="nobody.csv"), *GIVEN, None)
+def test_a_policy_is_never_overwritten(folder: Path) -> None:
+    (folder / "owner.toml").write_text("max-epsilon = 0.5\n")
+    refused = visard("client", "init", "--data", "faces")
+    assert isinstance(refused.exception, ConfigError)
+    assert "not overwritten" in str(refused.exception)
+    assert (folder / "owner.toml").read_text() == "max-epsilon = 0.5\n"
 
 
-def test_every_way_of_reading_is_an_option() -> None:
-    shown = CliRunner().invoke(build(), ["client", "start", "--help"], env={"COLUMNS": "200"})
+def test_a_source_without_a_path_has_its_ledger_beside_the_policy(folder: Path) -> None:
+    assert visard("client", "init", "--data", "procedural:persons=2", "--out", "drawn.toml").exit_code == 0
+    policy = written(folder / "drawn.toml")
+    assert (policy.data, policy.state_dir) == ("procedural:persons=2", folder / "drawn.visard")
+
+
+def test_every_way_of_reading_reaches_the_policy(folder: Path) -> None:
+    odd = folder / 'fa"ces\\ # é'
+    odd.mkdir()
+    (folder / "who.csv").write_text("file,who\n")
+    options = ["--crop", "0.5", "--detect", "largest", "--attributes", "who.csv", "--person-column", "who"]
+    assert visard("client", "init", "--data", str(odd), *options).exit_code == 0
+    assert written(folder / "owner.toml").source == FaceSource(
+        data=str(odd), crop=0.5, detect="largest", attributes=str(folder / "who.csv"), person_column="who"
+    )
+    shown = visard("client", "init", "--help")
     assert [f.name for f in dataclasses.fields(FaceSource) if f"--{key_of(f.name)} " not in shown.output] == []
 
 
-def test_options_of_the_command_line_are_refused_where_they_do_not_fit(tmp_path: Path) -> None:
-    (tmp_path / "faces").mkdir()
-    command = ["client", "start", "--data", str(tmp_path / "faces"), "--person-column", "who"]
-    refused = CliRunner().invoke(build(), command)
-    assert isinstance(refused.exception, ConfigError)
-    assert "without attributes" in str(refused.exception)
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        (["--data", "nothing"], DataError, "no faces at"),
+        (["--data", "faces", "--attributes", "nobody.csv"], DataError, "no CSV at"),
+        (["--data", "faces", "--person-column", "who"], ConfigError, "without attributes"),
+    ],
+)
+def test_a_policy_that_cannot_work_is_not_written(
+    folder: Path, options: list[str], error: type[Exception], told: str
+) -> None:
+    refused = visard("client", "init", *options)
+    assert isinstance(refused.exception, error)
+    assert told in str(refused.exception)
+    assert not (folder / "owner.toml").exists()
+
+
+def test_paths_are_relative_to_the_policy_s_own_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "own.toml").write_text(
+        'data = "faces"\nstate-dir = "../state"\nattributes = "all.csv"\nmax-epsilon = 2\n'
+        'allowed-privacy-models = ["local", "none"]\n'
+    )
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    policy = written(folder / "own.toml")
+    assert (policy.data, policy.attributes) == (str(folder / "faces"), str(folder / "all.csv"))
+    assert (policy.state_dir, policy.max_epsilon) == (folder.parent / "state", 2.0)
+    assert policy.allowed_privacy_models == (PrivacyModel.LOCAL, PrivacyModel.NONE)
+    # Flower's own node is given the file's path.
+    node = Context(1, 2, {"policy": str(folder / "own.toml")}, RecordDict(), {})
+    assert OwnerPolicy.from_context(node) == policy
+    node.node_config["max-epsilon"] = 100.0
+    with pytest.raises(ConfigError, match="beside it max-epsilon"):
+        OwnerPolicy.from_context(node)
+
+
+@pytest.mark.parametrize(
+    "content", ["data = ", "[owner]\ndata = 'x'\n", "allowed-discriminators = [1]\n", "data = 2026-01-01\n"]
+)
+def test_a_damaged_policy_is_refused(folder: Path, content: str) -> None:
+    (folder / "owner.toml").write_text(content)
+    with pytest.raises(ConfigError):
+        written(folder / "owner.toml")
+    for command in (["client", "start"], ["client", "check", "demo"]):
+        assert isinstance(visard(*command).exception, ConfigError)
+    (folder / "owner.toml").unlink()
+    with pytest.raises(ConfigError, match="visard client init"):
+        written(folder / "owner.toml")
+
+
+def drawn_policy(folder: Path, **changes: Any) -> OwnerPolicy:
+    given = {"data": "procedural:persons=20,images=2", "state_dir": folder / "state", "max_epsilon": 10.0}
+    return OwnerPolicy(**(given | changes))
+
+
+def test_what_a_run_would_cost_is_what_the_ledger_then_says(tmp_path: Path) -> None:
+    policy = drawn_policy(tmp_path)
+    faces = load_faces(policy.source, 28, 1)
+    config = tiny_config(privacy_model="local", epsilon=4.0)
+    found = check_run(config, policy, faces)
+    assert (found.units, found.images, found.spent, found.releases, found.refused) == (20, 40, 0.0, 0, [])
+    assert not policy.state_dir.exists(), "looking leaves no ledger behind"
+    for number in (1, 2):
+        ledger = Ledger(policy.state_dir, max_epsilon=policy.max_epsilon, delta=policy.delta)
+        plan = run_releases(config)
+        ledger.charge("a" * 32, 2 * number, plan[0], plan, "moments")
+        for step in range(planned_steps(config)):
+            ledger.charge(f"{number:032x}", step + 1, dataclasses.replace(plan[1], steps=1), plan, "gradients")
+        assert ledger.epsilon == pytest.approx(found.after, rel=1e-9)
+        before, found = found, check_run(config, policy, faces)
+        assert found.spent == pytest.approx(before.after, rel=1e-9)
+        assert found.releases == number * 5
+        assert found.after > before.after >= epsilon_of(ledger.releases, policy.delta) * (1 - 1e-9)
+    poor = dataclasses.replace(policy, max_epsilon=found.after * 0.99)
+    assert [refusal.key for refusal in check_run(config, poor, faces).refused] == ["max-epsilon"]
+
+
+def test_faces_that_do_not_fit_the_run_are_told(tmp_path: Path) -> None:
+    policy = drawn_policy(tmp_path)
+    faces = dataclasses.replace(load_faces(policy.source, 28, 1), persons=None)
+    found = check_run(tiny_config(privacy_model="local"), policy, faces)
+    assert (found.units, [refusal.key for refusal in found.refused]) == (None, ["data"])
+
+
+def test_a_ledger_that_saw_a_run_without_privacy_holds_no_epsilon(tmp_path: Path) -> None:
+    policy = drawn_policy(tmp_path)
+    Ledger(policy.state_dir, max_epsilon=10.0, delta=1e-5).note_unprotected("a" * 32)
+    assert spent(policy).epsilon == float("inf")
+    found = check_run(tiny_config(privacy_model="local"), policy, load_faces(policy.source, 28, 1))
+    assert (found.after, [refusal.key for refusal in found.refused]) == (float("inf"), ["max-epsilon"])
+
+
+def test_check_prints_what_would_be_refused_and_ends_with_status_1(folder: Path) -> None:
+    assert visard("client", "init", "--data", "procedural:persons=20,images=2").exit_code == 0
+    allowed = visard("client", "check", "demo", "--privacy-model", "local", *RUN)
+    assert allowed.exit_code == 0, allowed.output
+    for told in ("20 units (person), 40 images", "epsilon 0 spent in 0 releases, 10 left of 10", "nothing would be"):
+        assert told in allowed.output
+    refused = visard("client", "check", "demo", "--unit", "image", "--sample-rate", "0.9", "--min-clients", "1", *RUN)
+    assert refused.exit_code == 1
+    assert refused.exception is None or isinstance(refused.exception, SystemExit)
+    for key in ("allowed-privacy-models", "unit", "max-sample-rate", "min-cohort"):
+        assert key in refused.output
+    assert "min-noise-multiplier" not in refused.output
+    bare = visard("client", "check", "demo", "--privacy-model", "none", *RUN)
+    assert bare.exit_code == 1
+    assert "NO PRIVACY" in bare.output
+    assert not (folder / "owner.visard").exists()
+
+
+def test_the_least_that_is_protected_is_written_as_a_word(folder: Path) -> None:
+    (folder / "owner.toml").write_text('data = "faces"\nstate-dir = "s"\nmax-epsilon = 1.0\nunit = "image"\n')
+    assert written(folder / "owner.toml").unit is PrivacyUnit.IMAGE
 
 
 @pytest.mark.parametrize("command", ["client", "coordinator"])
 def test_help_says_what_is_not_there_yet(command: str) -> None:
-    shown = CliRunner().invoke(build(), [command, "start", "--help"], env={"COLUMNS": "200"})
+    shown = visard(command, "start", "--help")
     assert shown.exit_code == 0
     text = " ".join(shown.output.split())
     assert "TLS, node keys and supervision are a later addition" in text

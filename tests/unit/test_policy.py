@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from client.policy import OwnerPolicy, simulated_owner
+from client.policy import OwnerPolicy, discriminator_size
+from client.run_check import rounds_of
+from client.simulated import simulated_owner
 from common.config import RunConfig
 from common.errors import ConfigError, PrivacyError, VisardError
 from common.faces import load_faces
-from common.fields import Scalar
+from common.fields import Scalar, key_of
 from common.messages import RoundInstructions
+from common.models.discriminators import DISCRIMINATORS, discriminator_of
+from common.models.flat import num_parameters
+from common.privacy.planner import with_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
-from common.sections import FaceSource
+from common.sections import FaceSource, ModelConfig
+from simulations.recipe import load_recipe, recipe_names
 from tests.support import gradient_instructions, tiny_config
 
 OWNER: dict[str, Scalar] = {"data": "/faces", "state-dir": "/state", "max-epsilon": 3.0}
@@ -33,31 +39,84 @@ def asked(model: str, unit: str = "person") -> RoundInstructions:
 def test_the_least_that_an_owner_says_is_strict() -> None:
     policy = policy_of(OWNER)
     assert policy == OwnerPolicy(data="/faces", state_dir=Path("/state"), max_epsilon=3.0)
-    assert (policy.unit, policy.allow_central, policy.allow_non_private) == (PrivacyUnit.PERSON, False, False)
+    assert (policy.unit, policy.allowed_privacy_models) == (PrivacyUnit.PERSON, (PrivacyModel.LOCAL,))
     policy.check(asked("local"))
-    for model, told in (("central", "allow-central"), ("none", "allow-non-private")):
-        with pytest.raises(PrivacyError, match=told):
+    for model in ("central", "none"):
+        with pytest.raises(
+            PrivacyError, match=f"privacy-model {model} is asked and this owner's allowed-privacy-models"
+        ):
             policy.check(asked(model))
-    with pytest.raises(PrivacyError, match="asks for unit person"):
+    with pytest.raises(PrivacyError, match=r"unit image is asked and this owner's unit is person"):
         policy.check(asked("local", "image"))
 
 
-@pytest.mark.parametrize("central", [False, True])
-@pytest.mark.parametrize("non_private", [False, True])
+@pytest.mark.parametrize("allowed", ["local", "central", "none", "local,central", "central, none"])
 @pytest.mark.parametrize("unit", ["person", "image"])
 @pytest.mark.parametrize("model", [str(model) for model in PrivacyModel])
 @pytest.mark.parametrize("protected", ["person", "image"])
-def test_each_permission_allows_what_it_names(
-    central: bool, non_private: bool, unit: str, model: str, protected: str
-) -> None:
-    node = OWNER | {"allow-central": central, "allow-non-private": non_private, "unit": unit}
-    allowed = {"local": True, "central": central, "none": non_private}[model]
-    allowed = allowed and (model == "none" or unit == "image" or protected == "person")
-    if allowed:
+def test_each_permission_allows_what_it_names(allowed: str, unit: str, model: str, protected: str) -> None:
+    node = OWNER | {"allowed-privacy-models": allowed, "unit": unit}
+    fits = model in allowed.replace(" ", "").split(",") and (
+        model == "none" or unit == "image" or protected == "person"
+    )
+    if fits:
         policy_of(node).check(asked(model, protected))
     else:
         with pytest.raises(PrivacyError):
             policy_of(node).check(asked(model, protected))
+
+
+# A key of the policy, what a run asks, and values of the key of which the run passes the first and not the second.
+LIMITS: list[tuple[str, dict[str, Scalar], Any, Any]] = [
+    ("min-noise-multiplier", {"noise_multiplier": 2.0, "epsilon": 1e3}, 2.0, 2.0001),
+    ("min-moment-noise-multiplier", {"moment_noise_multiplier": 2.0}, 2.0, 2.0001),
+    ("min-cohort", {"min_clients": 5}, 5, 6),
+    ("min-expected-batch", {"expected_batch": 3.0}, 3.0, 3.0001),
+    ("max-sample-rate", {"sample_rate": 0.25}, 0.25, 0.2499),
+    ("max-images-per-person", {"images_per_person": 7}, 7, 6),
+    ("max-parameters", {"discriminator": "mlp"}, 52_865, 52_864),
+    ("max-local-steps", {"local_steps": 3}, 3, 2),
+    ("max-planned-steps", {"num_rounds": 9}, 9, 8),
+    ("allowed-discriminators", {"discriminator": "mlp"}, "dcgan,mlp", "dcgan,resnet"),
+]
+
+
+@pytest.mark.parametrize(("key", "run", "passes", "fails"), LIMITS, ids=[limit[0] for limit in LIMITS])
+def test_each_limit_refuses_just_beyond_it(key: str, run: dict[str, Scalar], passes: Any, fails: Any) -> None:
+    rounds = rounds_of(tiny_config(privacy_model="local", **run))
+    strict, loose = policy_of(OWNER | {key: fails}), policy_of(OWNER | {key: passes})
+    assert not [refusal for asked in rounds for refusal in loose.refusals(asked)]
+    found = {refusal.key for asked in rounds for refusal in strict.refusals(asked)}
+    assert found == {key}
+    with pytest.raises(PrivacyError, match=f"this owner's {key} is"):
+        strict.check(next(asked for asked in rounds if strict.refusals(asked)))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_default_policy_allows_every_recipe_under_local(name: str) -> None:
+    config = with_noise(load_recipe(name, {"privacy-model": "local", "checkpoint-every": 1}))
+    policy = policy_of(OWNER | {"unit": str(config.privacy.unit)})
+    assert [policy.refusals(asked) for asked in rounds_of(config)] == [[]] * len(rounds_of(config))
+
+
+def test_a_discriminator_is_counted_without_being_built() -> None:
+    for name in DISCRIMINATORS:
+        model = ModelConfig(discriminator=name, discriminator_width=4, num_classes=3)
+        assert discriminator_size(model) == num_parameters(discriminator_of(model))
+    assert discriminator_size(ModelConfig(discriminator="mlp", discriminator_width=1024, image_size=128)) > 9e8
+
+
+def test_a_policy_as_flower_s_flat_configuration_is_the_same_policy() -> None:
+    policy = policy_of(OWNER | {"allowed-privacy-models": "local,none", "disclose-reason": False, "crop": 0.5})
+    flat = policy.to_flat()
+    assert OwnerPolicy.from_config(flat) == policy
+    assert {type(value) for value in flat.values()} <= {bool, int, float, str}
+    assert set(flat) == {key_of(field.name) for field in dataclasses.fields(OwnerPolicy)}
+
+
+def test_an_unknown_key_is_told_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'max-sample-rat' in this node's policy: did you mean 'max-sample-rate'"):
+        policy_of(OWNER | {"max-sample-rat": 0.1})
 
 
 def test_a_partition_id_at_a_real_node_lets_the_run_name_neither_data_nor_budget() -> None:
@@ -68,7 +127,7 @@ def test_a_partition_id_at_a_real_node_lets_the_run_name_neither_data_nor_budget
 
 def test_the_run_s_configuration_allows_nothing() -> None:
     """A coordinator that puts the owner's own keys into the run's configuration gets no further."""
-    run = RunConfig().to_flat() | {"allow-central": True, "allow-non-private": True, "max-epsilon": 1e9}
+    run = RunConfig().to_flat() | {"allowed-privacy-models": "none", "disclose-reason": True, "max-epsilon": 1e9}
     assert policy_of(OWNER, run) == policy_of(OWNER)
     assert policy_of(OWNER | {"partition-id": 0, "num-partitions": 2}, run) == policy_of(OWNER)
 
@@ -83,7 +142,8 @@ def test_a_missing_key_is_named(key: str) -> None:
     "changes",
     [
         {"max-epsilom": 3.0},
-        {"allow_central": True},
+        {"allow-central": True},
+        {"max_sample_rate": 0.1},
         {"max-epsilon": -1.0},
         {"max-epsilon": float("inf")},
         {"max-epsilon": float("nan")},
@@ -100,9 +160,27 @@ def test_a_missing_key_is_named(key: str) -> None:
         {"unit": "album"},
         {"unit": 1},
         {"data": 7},
-        {"allow-central": 1},
-        {"allow-central": "false"},
-        {"allow-non-private": "no"},
+        {"allowed-privacy-models": ""},
+        {"allowed-privacy-models": "local,all"},
+        {"allowed-privacy-models": 1},
+        {"allowed-privacy-models": True},
+        {"allowed-discriminators": "dcgan,transformer"},
+        {"min-noise-multiplier": -0.1},
+        {"min-noise-multiplier": float("nan")},
+        {"min-moment-noise-multiplier": 1e9},
+        {"min-cohort": 0},
+        {"min-cohort": 2.0},
+        {"min-expected-batch": -1.0},
+        {"max-sample-rate": 0.0},
+        {"max-sample-rate": 1.1},
+        {"max-images-per-person": 0},
+        {"max-parameters": 0},
+        {"max-local-steps": 0},
+        {"max-planned-steps": 0},
+        {"disclose-reason": "no"},
+        {"disclose-reason": 1},
+        {"state-dir": ""},
+        {"state-dir": 3},
     ],
     ids=str,
 )
@@ -114,7 +192,7 @@ def test_an_unknown_key_or_a_wrong_value_is_refused(changes: dict[str, Any]) -> 
 def simulated(client: int, clients: int, **run: Scalar) -> OwnerPolicy:
     flat = RunConfig().to_flat() | {"runs-dir": "/runs"} | {key.replace("_", "-"): v for key, v in run.items()}
     node: dict[str, Scalar] = {"partition-id": client, "num-partitions": clients}
-    return OwnerPolicy.from_config(simulated_owner(node, Context(1, 2, dict(node), RecordDict(), dict(flat))))
+    return OwnerPolicy.from_config(simulated_owner(node, flat, 1))
 
 
 @pytest.mark.parametrize("clients", [1, 3, 7])
@@ -131,13 +209,13 @@ def test_simulated_clients_draw_disjoint_persons_and_together_all(clients: int) 
 def test_a_simulated_owner_s_budget_is_the_run_s() -> None:
     policy = simulated(2, 4, epsilon=4.0, delta=1e-6, privacy_model="central", unit="image", crop=0.5)
     assert (policy.max_epsilon, policy.delta, policy.crop) == (4.0, 1e-6, 0.5)
-    assert (policy.unit, policy.allow_central, policy.allow_non_private) == (PrivacyUnit.IMAGE, True, False)
+    assert (policy.unit, policy.allowed_privacy_models) == (PrivacyUnit.IMAGE, (PrivacyModel.CENTRAL,))
     assert policy.state_dir == Path("/runs/flwr-1/clients/2")
     assert simulated(1, 4, epsilon=4.0).state_dir != policy.state_dir
     local = simulated(0, 1, privacy_model="local")
-    assert (local.allow_central, local.allow_non_private) == (False, False)
+    assert local.allowed_privacy_models == (PrivacyModel.LOCAL,)
     open_run = simulated(0, 1, privacy_model="none")
-    assert (open_run.max_epsilon, open_run.allow_central, open_run.allow_non_private) == (0.0, False, True)
+    assert (open_run.max_epsilon, open_run.allowed_privacy_models) == (0.0, (PrivacyModel.NONE,))
 
 
 def test_a_simulated_folder_needs_the_placeholder() -> None:
@@ -181,4 +259,4 @@ def test_every_way_of_reading_is_the_owner_s_to_choose() -> None:
 
 def test_a_policy_cannot_be_loosened_in_place() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        policy_of(OWNER).allow_central = True  # type: ignore[misc]
+        policy_of(OWNER).max_epsilon = 4.0  # type: ignore[misc]
