@@ -147,10 +147,13 @@ def start(
         from client.node import run_node
         from client.policy import OwnerPolicy
         from client.policy_file import check_places, load_policy_file
+        from common.faces.loading import check_source
         from common.privacy.units import PrivacyModel
 
         owner = OwnerPolicy.from_config(load_policy_file(policy))
         check_places(owner)
+        # An error in a round comes after its charge, and the coordinator sees that there was one.
+        check_source(owner.source)
     console.print(_told(owner), highlight=False, markup=False, soft_wrap=True)
     if PrivacyModel.NONE in owner.allowed_privacy_models:
         console.print("[bold white on red] NO PRIVACY [/] runs without any protection are answered", highlight=False)

@@ -14,7 +14,7 @@ from common.config import RunConfig
 from common.errors import DataError
 from common.faces import FaceDataset
 from common.messages import RoundInstructions, Stage
-from common.privacy.accounting import epsilon_at_orders, filter_order, rdp_of
+from common.privacy.accounting import ORDERS, epsilon_at_orders, filter_order, rdp_of
 from common.privacy.ledger import Ledger
 from common.privacy.planner import planned_steps, run_releases
 from common.privacy.units import PrivacyModel
@@ -54,8 +54,7 @@ def spent(policy: OwnerPolicy) -> Spent:
     rdp = rdp_of(releases)
     if not releases or not math.isfinite(ledger.epsilon):
         return Spent(ledger.epsilon, rdp, len(releases), None)
-    # The order was fixed at the first charge; the epsilon that the ledger tells is told at it.
-    order = int(np.abs(epsilon_at_orders(rdp, policy.delta) - ledger.epsilon).argmin())
+    order = None if ledger.order is None else ORDERS.index(ledger.order)
     return Spent(ledger.epsilon, rdp, len(releases), order)
 
 

@@ -16,6 +16,11 @@ def simulated_owner(node: Mapping[str, Scalar], run: Mapping[str, Scalar], run_i
     Only a worker of Flower's simulation engine gets here, where coordinator and owner are one: at a real node the run's
     configuration names neither data nor budget.
     """
+    if run["partitioner"] not in ("person", "iid"):
+        raise ConfigError(
+            f"partitioner = {run['partitioner']!r}: under `flwr run` each simulated client has its own persons, evenly; deal out "
+            "otherwise with `visard simulate`"
+        )
     client, clients = int(node["partition-id"]), int(node["num-partitions"])
     source = {key: run[key] for _, key in keys_of(FaceSource)}
     data = str(source["data"])

@@ -48,7 +48,7 @@ def open_run(
         if fixed:
             raise ConfigError(
                 f"a resumed run keeps its configuration, but for {', '.join(CHANGEABLE)}: leave out "
-                f"--{', --'.join(sorted(fixed))}, or start a new run"
+                f"--{', --'.join(sorted(fixed))} (a --preset stands for several), or start a new run"
             )
         state = CheckpointStore(directory).load()
         before = state.config.training.stop_when

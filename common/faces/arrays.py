@@ -48,6 +48,14 @@ def open_npz(where: str, source: FaceSource, options: FaceOptions, split: str) -
     return Source(file_states([path]), lambda: _plain(path, split))
 
 
+def saved_shape(path: Path) -> tuple[int, int] | None:
+    """Side and channels of the images in one of FaceDataset.save's files; None for a plain one. Raises DataError."""
+    if _read(path, ["format"]).get("format") != FORMAT:
+        return None
+    faces = FaceDataset.load(path)
+    return faces.image_size, faces.channels
+
+
 def open_procedural(where: str, source: FaceSource, options: FaceOptions, split: str) -> Source:
     """`persons=40,images=10,seed=0,first=0`: faces of nobody. Raises DataError, also where faces are to be looked for."""
     only_train(source.data, split)

@@ -10,11 +10,11 @@ from pathlib import Path
 import PIL
 
 from common.errors import DataError
-from common.faces.arrays import open_npz, open_procedural
+from common.faces.arrays import open_npz, open_procedural, saved_shape
 from common.faces.cache import cached, forget
 from common.faces.dataset import FaceDataset, FaceOptions
 from common.faces.folders import open_folder
-from common.faces.gallery import Reading, Track, untracked
+from common.faces.gallery import Gallery, Reading, Track, untracked
 from common.faces.huggingface import open_federated, open_huggingface
 from common.faces.libraries import open_skimage, open_sklearn
 from common.faces.preprocessing import preprocessing_state
@@ -80,11 +80,27 @@ def read_faces(
     return _read(_open(source, options, split), source, options, track)
 
 
+def check_source(source: FaceSource) -> None:
+    """Find out what can go wrong before any run asks: cuts no picture, and knows no run's size.
+
+    Raises DataError where the source is missing, empty or damaged, or has not the columns, persons or labels that it is
+    asked for.
+    """
+    path = Path(source.data).expanduser()
+    shape = saved_shape(path) if path.suffix == ".npz" else None
+    opened = _open(source, FaceOptions(*(shape or (32, 3)), source.crop, source.detect), "train")
+    _labelled(opened, source)
+
+
 def _read(opened: Source, source: FaceSource, options: FaceOptions, track: Track = untracked) -> Reading:
+    return _labelled(opened, source).cut(options, track)
+
+
+def _labelled(opened: Source, source: FaceSource) -> Gallery:
     gallery = opened.gather()
     if source.label_column:
         gallery = gallery.labelled(source.label_column, listed(source.label_values))
-    return gallery.cut(options, track)
+    return gallery
 
 
 def _open(source: FaceSource, options: FaceOptions, split: str) -> Source:

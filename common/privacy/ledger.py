@@ -62,6 +62,11 @@ class Ledger:
         """The public key that names this ledger, 64 hex digits."""
         return self._file.public_key.hex()
 
+    @property
+    def order(self) -> float | None:
+        """The RDP order at which this ledger counts; None before its first charge."""
+        return self._state.order
+
     def head(self) -> Head:
         """Number and hash of the last record, signed: what a reply carries for the coordinator to remember."""
         with self._file.locked():

@@ -6,23 +6,27 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from flwr.app import Context, RecordDict
+from PIL import Image
 from typer.testing import CliRunner
 
 from client.policy import OwnerPolicy
 from client.policy_file import load_policy_file
 from client.run_check import check_run, spent
+from client.simulated import simulated_owner
 from common.errors import ConfigError, DataError
 from common.faces import load_faces
+from common.faces.loading import check_source
 from common.fields import key_of
 from common.privacy.accounting import epsilon_of
 from common.privacy.ledger import Ledger
 from common.privacy.planner import planned_steps, run_releases
 from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.sections import FaceSource
-from tests.support import tiny_config
+from tests.support import random_faces, tiny_config
 from visard import build
 
 RUN = ["--image-size", "28", "--channels", "1", "--discriminator", "mlp", "--discriminator-width", "4"]
@@ -212,3 +216,38 @@ def test_help_says_what_is_not_there_yet(command: str) -> None:
     assert shown.exit_code == 0
     text = " ".join(shown.output.split())
     assert "TLS, node keys and supervision are a later addition" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "holds no image"),
+        (["--attributes", "table.csv", "--person-column", "nme"], "did you mean 'name'"),
+        (
+            ["--attributes", "table.csv", "--label-column", "kind", "--label-values", "x,y"],
+            "no image has kind among x, y",
+        ),
+    ],
+)
+def test_faces_that_cannot_be_read_are_told_before_a_node_starts(folder: Path, given: list[str], told: str) -> None:
+    """In a round the error would come after its charge, and the coordinator would see that there was one."""
+    if given:
+        Image.new("L", (40, 40)).save(folder / "faces" / "one.png")
+        (folder / "table.csv").write_text("file,name,kind\none.png,ann,z\n")
+    assert visard("client", "init", "--data", "faces", *given).exit_code == 0
+    with pytest.raises(DataError, match=told):
+        CliRunner().invoke(build(), ["client", "start"], catch_exceptions=False)
+    assert not (folder / "faces.visard").exists()
+
+
+def test_saved_faces_of_any_size_may_start(tmp_path: Path) -> None:
+    random_faces(2, 2).save(tmp_path / "saved.npz")
+    check_source(FaceSource(data=str(tmp_path / "saved.npz")))
+    np.savez(tmp_path / "plain.npz", images=np.zeros((2, 30, 30), np.uint8))
+    check_source(FaceSource(data=str(tmp_path / "plain.npz")))
+
+
+def test_flower_s_engine_deals_out_persons_only() -> None:
+    run = tiny_config(partitioner="power-law").to_flat()
+    with pytest.raises(ConfigError, match="deal out otherwise with `visard simulate`"):
+        simulated_owner({"partition-id": 0, "num-partitions": 2}, run, 1)
