@@ -19,6 +19,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 def build() -> typer.Typer:
     """All commands."""
+    from client import ledger_cli
     from client.cli import check_command as check_run
     from client.cli import init as init_client
     from client.cli import start as start_client
@@ -48,6 +49,12 @@ def build() -> typer.Typer:
     data = typer.Typer(help="Faces before a run: what an owner holds, and who holds what.", no_args_is_help=True)
     data.command("check")(check)
     data.command("show")(show)
+    ledger = typer.Typer(help="What was spent of an owner's budget.", no_args_is_help=True)
+    ledger.command("show")(ledger_cli.show)
+    ledger.command("verify")(ledger_cli.verify)
+    ledger.command("export")(ledger_cli.export)
+    ledger.command("adopt")(ledger_cli.adopt)
+    app.add_typer(ledger, name="ledger")
     app.add_typer(client, name="client")
     app.add_typer(coordinator, name="coordinator")
     app.add_typer(data, name="data")
