@@ -12,12 +12,12 @@ from flwr.clientapp import ClientApp
 from client.discriminator import check_weights, gradient_update
 from client.moments import moment_update
 from client.policy import OwnerPolicy
-from common.errors import RoundFailed, VisardError
+from common.errors import DataError, RoundFailed, VisardError
 from common.faces import FaceDataset, load_faces
 from common.messages import DiscriminatorUpdate, RoundInstructions, Stage, witness_of
 from common.privacy.ledger import Ledger
 from common.privacy.randomness import SecureRandom
-from common.privacy.units import PrivacyModel
+from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.sections import FaceSource
 
 # Flower keeps codes below 100 for itself.
@@ -33,6 +33,8 @@ NewRandom = Callable[[RoundInstructions, Context], SecureRandom]
 def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRandom()) -> ClientApp:
     """The ClientApp. `new_random` is for tests: the shipped app draws its noise from the operating system alone."""
     client_app = ClientApp()
+    # Runs for which these faces turned out not to be fit: what was told once is told again, and costs nothing more.
+    unfit: set[tuple[Path, str]] = set()
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
@@ -40,7 +42,7 @@ def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRan
         try:
             policy = OwnerPolicy.from_context(context)
             disclose = policy.disclose_reason
-            return Message(_answer(message.content, policy, context, new_random), reply_to=message)
+            return Message(_answer(message.content, policy, context, new_random, unfit), reply_to=message)
         except RoundFailed as error:
             kind = type(error).__name__
             log.error("round failed", exc_info=error.__cause__)
@@ -56,19 +58,29 @@ def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRan
     return client_app
 
 
-def _answer(content: RecordDict, policy: OwnerPolicy, context: Context, new_random: NewRandom) -> RecordDict:
+def _answer(
+    content: RecordDict, policy: OwnerPolicy, context: Context, new_random: NewRandom, unfit: set[tuple[Path, str]]
+) -> RecordDict:
     instructions = RoundInstructions.from_record(content)
     policy.check(instructions)
+    run = policy.state_dir, instructions.run_id
+    if run in unfit:
+        raise RoundFailed("these faces are not fit for this run, as was told before; nothing is charged")
     if instructions.stage is Stage.GRADIENTS:
         check_weights(instructions)  # before anything is charged
-    ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta)
+    ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta, policy.unit, policy.ledger)
     ledger.check_witness(witness_of(content))
     random = new_random(instructions, context)
-    if instructions.privacy.privacy_model is PrivacyModel.NONE:
-        ledger.note_unprotected(instructions.run_id)
-        vector = _update(policy, instructions, random)
-    else:
-        vector = _private_update(ledger, policy, instructions, random)
+    try:
+        if instructions.privacy.privacy_model is PrivacyModel.NONE:
+            ledger.note_unprotected(instructions.run_id)
+            vector = _update(policy, instructions, random)
+        else:
+            vector = _private_update(ledger, policy, instructions, random)
+    except RoundFailed as error:
+        if isinstance(error.__cause__, DataError):
+            unfit.add(run)
+        raise
     return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector, ledger.head()).to_record()
 
 
@@ -77,7 +89,8 @@ def _private_update(
 ) -> np.ndarray:
     """Charged on the disk before any face is touched; on the disk before it is sent; sent again as it was."""
     run = (instructions.run_id, instructions.server_round)
-    sent = ledger.charge(*run, instructions.release, instructions.plan, instructions.digest())
+    unit = instructions.privacy.unit
+    sent = ledger.charge(*run, instructions.release, instructions.plan, instructions.digest(), unit)
     if sent is not None:
         return np.frombuffer(sent, dtype="<f4")
     vector = _update(policy, instructions, random)
@@ -102,9 +115,9 @@ def open_faces(source: FaceSource, image_size: int, channels: int, cache_dir: Pa
 
 
 @lru_cache(maxsize=1024)
-def open_ledger(state_dir: Path, max_epsilon: float, delta: float) -> Ledger:
+def open_ledger(state_dir: Path, max_epsilon: float, delta: float, unit: PrivacyUnit, public_key: str) -> Ledger:
     """This owner's ledger, parsed once a process; it takes in what other processes write."""
-    return Ledger(state_dir, max_epsilon=max_epsilon, delta=delta)
+    return Ledger(state_dir, max_epsilon=max_epsilon, delta=delta, unit=unit, public_key=public_key)
 
 
 app = create_app()

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.config import RunConfig
+from common.errors import ConfigError
 from common.fields import Scalar, key_of
 from common.options import with_run_options
 from common.sections import FaceSource
@@ -71,9 +72,10 @@ def init(
 ) -> None:
     """Write a policy with every key, its meaning and its default, for the owner to edit."""
     from client.policy import OwnerPolicy
-    from client.policy_file import check_places, ledger_beside, load_policy_file, write_policy_file
+    from client.policy_file import check_places, ledger_beside, write_policy_file
     from common.faces.folders import BY_NAME
     from common.faces.loading import SCHEMES
+    from common.privacy.ledger import Ledger
 
     source = FaceSource(data=data, **reading)
     check_places(source)
@@ -82,13 +84,18 @@ def init(
         given["data"] = str(Path(data).expanduser().resolve())
     if source.attributes not in ("", BY_NAME):
         given["attributes"] = str(Path(source.attributes).expanduser().resolve())
-    given |= {"state-dir": ledger_beside(data, out), "max-epsilon": _MAX_EPSILON}
+    place = ledger_beside(data, out)
+    if out.exists():
+        raise ConfigError(f"{out} is there already and is not overwritten: edit it, or name another with --out")
+    # The ledger is made here and nowhere else: a node that does not find it answers nothing.
+    made = Ledger(Path(place), max_epsilon=_MAX_EPSILON, delta=OwnerPolicy.delta)
+    given |= {"state-dir": place, "max-epsilon": _MAX_EPSILON, "ledger": made.public_key}
     keys: dict[str, tuple[Any, Any, str]] = {}
     for f in fields(OwnerPolicy):
         default = None if f.default is MISSING else f.default
         keys[key_of(f.name)] = (given.get(key_of(f.name), default), default, f.metadata["help"])
     write_policy_file(out, keys)
-    policy = OwnerPolicy.from_config(load_policy_file(out))
+    policy = OwnerPolicy.from_file(out)
     console.print(_told(policy), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{out} is written: read and edit it, then\n  visard client check --policy {out} RECIPE   # what a run would cost\n"
@@ -114,12 +121,11 @@ def check_command(load_recipe: LoadRecipe) -> Callable[..., None]:
         config = load_recipe(recipe, overrides or {})
         with console.status("reading the faces"):
             from client.policy import OwnerPolicy
-            from client.policy_file import load_policy_file
             from client.run_check import check_run
             from common.faces import read_faces
             from common.privacy.planner import with_noise
 
-            owner = OwnerPolicy.from_config(load_policy_file(policy))
+            owner = OwnerPolicy.from_file(policy)
             config = with_noise(config)
             reading = read_faces(owner.source, config.model.image_size, config.model.channels)
             reading.warn(owner.data)
@@ -146,15 +152,18 @@ def start(
         from client.app import app
         from client.node import run_node
         from client.policy import OwnerPolicy
-        from client.policy_file import check_places, load_policy_file
+        from client.policy_file import check_places
+        from client.run_check import spent
         from common.faces.loading import check_source
         from common.privacy.units import PrivacyModel
 
-        owner = OwnerPolicy.from_config(load_policy_file(policy))
+        owner = OwnerPolicy.from_file(policy)
         check_places(owner)
         # An error in a round comes after its charge, and the coordinator sees that there was one.
         check_source(owner.source)
+        before = spent(owner)
     console.print(_told(owner), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"epsilon {before.epsilon:.4g} of it is spent", highlight=False)
     if PrivacyModel.NONE in owner.allowed_privacy_models:
         console.print("[bold white on red] NO PRIVACY [/] runs without any protection are answered", highlight=False)
     run_node(coordinator, app, owner.to_flat())

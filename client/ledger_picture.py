@@ -113,8 +113,8 @@ def _name(run: RunSpent) -> str:
 
 def _title(spending: Spending) -> str:
     report = spending.report
-    spent = "unbounded" if report.unprotected else number(report.epsilon)
-    return f"ledger {report.public_key[:16]}: epsilon {spent} spent in {report.rounds:,} charges"
+    spent = "no epsilon holds after" if report.unprotected else f"epsilon {number(report.epsilon)} spent in"
+    return f"ledger {report.public_key[:16]}: {spent} {report.rounds:,} charges"
 
 
 def _subtitle(spending: Spending) -> tuple[str, str]:

@@ -59,6 +59,10 @@ class OwnerPolicy(FaceSource):
     state_dir: Path = field(
         metadata={"help": "folder of the privacy ledger and of preprocessed faces; one for these faces, whoever asks"}
     )
+    ledger: str = option(
+        "",
+        "public key of the ledger in state-dir, as `visard client init` made it: without it, or with another, nothing is answered",
+    )
     max_epsilon: float = field(metadata={"help": "budget of these faces over all runs and coordinators, ever"})
     delta: float = option(1e-5, "delta of that budget; a ledger keeps the one that it began with")
     unit: PrivacyUnit = option(
@@ -82,6 +86,8 @@ class OwnerPolicy(FaceSource):
     max_images_per_person: int = option(100, "most photographs of one person in a step")
     max_parameters: int = option(10_000_000, "largest discriminator, in parameters")
     max_local_steps: int = option(100, "most gradient steps in one round")
+    max_augment_views: int = option(8, "most augmented views of a photograph in a step; memory grows with them")
+    max_fakes: int = option(20_000, "most generated images sent along with a round of several steps")
     max_planned_steps: int = option(
         1_000_000, "most gradient steps that a run may plan; the plan fixes a new ledger's order of accounting"
     )
@@ -107,10 +113,25 @@ class OwnerPolicy(FaceSource):
             require(
                 not config, f"policy = {path} and beside it {', '.join(sorted(config))}: write all keys into that file"
             )
-            config = load_policy_file(path)
-        elif "data" not in config and "partition-id" in context.node_config and _in_ray_worker():
+            return cls.from_file(path)
+        if "data" not in config and "partition-id" in context.node_config and _in_ray_worker():
             config |= simulated_owner(context.node_config, context.run_config, context.run_id)
         return cls.from_config(config)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a policy file. Raises ConfigError, which names it, where it is missing, damaged or names no ledger."""
+        keys = load_policy_file(path)
+        try:
+            policy = cls.from_config(keys)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        require(
+            bool(policy.ledger),
+            f"{path} names no ledger: write a policy with `visard client init`, which makes one, or copy the key that "
+            "`visard ledger show` tells",
+        )
+        return policy
 
     @classmethod
     def from_config(cls, config: Mapping[str, PolicyValue]) -> Self:
@@ -143,7 +164,8 @@ class OwnerPolicy(FaceSource):
         between(self, ["max_sample_rate"], 0, 1, open_low=True)
         between(self, ["max_images_per_person"], 1, 1000)
         between(self, ["max_parameters"], 1, 10**10)
-        between(self, ["max_planned_steps"], 1, 10**9)
+        between(self, ["max_augment_views"], 1, 64)
+        between(self, ["max_fakes", "max_planned_steps"], 1, 10**9)
         for name, words, known in (
             ("allowed-privacy-models", self.allowed_privacy_models, tuple(PrivacyModel)),
             ("allowed-discriminators", self.allowed_discriminators, tuple(DISCRIMINATORS)),
@@ -212,7 +234,19 @@ class OwnerPolicy(FaceSource):
                 ", ".join(self.allowed_discriminators),
                 "run with one of these, or the owner adds it",
             )
+        values = len(listed(self.label_values))
+        if values and model.num_classes not in (0, values):
+            refuse("label-values", f"num-classes {model.num_classes}", values, "run with as many classes, or with none")
+        if self.attributes and not values and model.num_classes:
+            refuse(
+                "label-column",
+                f"num-classes {model.num_classes}",
+                "empty",
+                "run with num-classes 0, or the owner names a column",
+            )
         at_most("max_parameters", "a discriminator of", discriminator_size(model))
+        at_most("max_augment_views", "augment-views", asked.augmentation.augment_views)
+        at_most("max_fakes", "fakes", 0 if asked.fakes is None else len(asked.fakes))
         at_least("min_cohort", "min-clients", asked.min_clients)
         if asked.stage is Stage.MOMENTS and private:
             at_least("min_moment_noise_multiplier", "moment-noise-multiplier", asked.moment_noise_multiplier)

@@ -11,7 +11,7 @@ import numpy as np
 from client.discriminator import fitting_units
 from client.policy import OwnerPolicy, Refusal
 from common.config import RunConfig
-from common.errors import DataError
+from common.errors import DataError, LedgerCorrupt
 from common.faces import FaceDataset
 from common.messages import RoundInstructions, Stage
 from common.privacy.accounting import ORDERS, epsilon_at_orders, filter_order, rdp_of
@@ -47,9 +47,20 @@ class RunFindings:
 
 def spent(policy: OwnerPolicy) -> Spent:
     """What the policy's ledger holds; one that does not exist yet is not made. Raises LedgerCorrupt or ConfigError."""
-    if not (policy.state_dir / "ledger.jsonl").exists():
+    if not policy.ledger and not (policy.state_dir / "ledger.jsonl").exists():
         return Spent(0.0, rdp_of([]), 0, None)
-    ledger = Ledger(policy.state_dir, max_epsilon=policy.max_epsilon, delta=policy.delta)
+    ledger = Ledger(
+        policy.state_dir,
+        max_epsilon=policy.max_epsilon,
+        delta=policy.delta,
+        unit=policy.unit,
+        public_key=policy.ledger,
+    )
+    if ledger.rolled_back:
+        raise LedgerCorrupt(
+            f"the ledger in {policy.state_dir} was rolled back: an older copy took its place, and nothing is "
+            "answered until the newest is restored"
+        )
     releases = ledger.releases
     rdp = rdp_of(releases)
     if not releases or not math.isfinite(ledger.epsilon):
@@ -84,7 +95,7 @@ def rounds_of(config: RunConfig) -> list[RoundInstructions]:
             feature_seed=moments.feature_seed,
             planned_steps=planned_steps(config),
             min_clients=training.min_clients,
-            local_steps=training.local_steps if stage is Stage.GRADIENTS else 1,
+            local_steps=training.local_steps,
             local_lr=training.local_lr,
         )
         for number, stage in enumerate(stages, start=1)

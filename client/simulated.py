@@ -64,4 +64,6 @@ def simulated_limits(run: Mapping[str, Scalar]) -> dict[str, Scalar]:
         "max-parameters": 10**10,
         "max-local-steps": run["local-steps"],
         "max-planned-steps": 10**9,
+        "max-augment-views": run["augment-views"],
+        "max-fakes": 10**9,
     }

@@ -19,6 +19,7 @@ from server.exchange import Exchange
 from server.progress import PlainProgress
 from server.quality import Judge
 from server.records import RunRecorder
+from server.witness import Witness
 
 # What a run may do otherwise when it is resumed: neither its promise nor its result depends on it.
 CHANGEABLE = ("min-clients", "round-timeout-s", "sample-every", "stop-when", "reference")
@@ -85,12 +86,12 @@ def run(grid: Grid, state: CoordinatorState, directory: Path, observers: Sequenc
     """Train to the end, writing all of `runs/NAME/`. Returns the path of the last picture."""
     judge = Judge(state)  # before anything is written: its faces may not be there
     directory.mkdir(parents=True, exist_ok=True)
-    recorder = RunRecorder(directory, state)
+    recorder, witness = RunRecorder(directory, state), Witness(directory.parent, state)
     coordinate(
         state,
         judge,
         Exchange(grid, state.config.training),
         CheckpointStore(directory),
-        [recorder, *observers],
+        [recorder, witness, *observers],
     )
     return recorder.finish(state)

@@ -69,10 +69,13 @@ def coordinate(
         if state.stopped:
             break
         began = time.monotonic()
+        before = state.rng.get_state()
         instructions = instructions_for(state, server_round, trainer)
         try:
             gradient = collect(state, exchange, instructions, new_random(state))
         except BudgetsSpent as error:
+            # Gone on with, it asks for the same round with the same fakes: to answer again costs nobody anything.
+            state.rng.set_state(before)
             state.ended_by, state.stopped = "budgets", str(error)
             log.warning("%s", error)
             break
@@ -124,6 +127,9 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
         feature_seed=config.moments.feature_seed,
         planned_steps=planned_steps(config),
         min_clients=config.training.min_clients,
+        # Of the rounds to come too: a client that would refuse those spends nothing on the moments.
+        local_steps=config.training.local_steps,
+        local_lr=config.training.local_lr,
     )
     if moments:
         return instructions
@@ -133,8 +139,6 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
         fakes, labels = to_uint8(images), classes if classes is None else classes.cpu().numpy()
     return dataclasses.replace(
         instructions,
-        local_steps=steps,
-        local_lr=config.training.local_lr,
         discriminator=get_flat(state.discriminator),
         fakes=fakes,
         fake_labels=labels,

@@ -46,7 +46,7 @@ class Exchange:
         wait, told = _FIRST_WAIT_S, False
         while len(nodes := sorted(set(self._grid.get_node_ids()) - self.spent)) < wanted:
             if time.monotonic() > deadline:
-                self._end_where_spent(len(nodes))
+                self._end_where_spent(set(self._grid.get_node_ids()))
                 raise CohortTooSmall(
                     f"{len(nodes)} clients are connected after {self._training.round_timeout_s:g} s and min-clients is {wanted}: "
                     "start more clients and --resume, also with a smaller --min-clients"
@@ -98,17 +98,19 @@ class Exchange:
             answered += 1
             yield update
         if answered < self._training.min_clients:
-            self._end_where_spent(len(set(nodes) - self.spent))
+            self._end_where_spent(set(nodes) | (self.spent & set(self._grid.get_node_ids())))
             reasons = ", ".join(f"{count} x {kind}" for kind, count in self.refusals.items()) or "no answer in time"
             raise CohortTooSmall(
                 f"round {instructions.server_round}: {answered} of {len(nodes)} clients gave an update ({reasons}) and min-clients is "
                 f"{self._training.min_clients}. The clients' logs say why; --resume goes on from here, also with a smaller --min-clients"
             )
 
-    def _end_where_spent(self, left: int) -> None:
-        if self.spent and left < self._training.min_clients:
+    def _end_where_spent(self, connected: set[int]) -> None:
+        """Raise BudgetsSpent where the connected would be enough, had they all a budget."""
+        spent, left = len(connected & self.spent), len(connected - self.spent)
+        if left < self._training.min_clients <= left + spent:
             raise BudgetsSpent(
-                f"{len(self.spent)} clients have spent their budgets, {left} are left and min-clients is "
+                f"{spent} clients have spent their budgets, {left} are left and min-clients is "
                 f"{self._training.min_clients}: the run ends with what it has"
             )
 

@@ -134,9 +134,12 @@ def filter_order(releases: Iterable[Release], max_epsilon: float, delta: float) 
     """Index into ORDERS of the order at which these releases could be repeated most often within `max_epsilon`.
 
     For a schedule that uses up the budget it is the order that proves the smallest epsilon; a small first run does not
-    tie its ledger to an order at which larger ones cost too much.
+    tie its ledger to an order at which larger ones cost too much. A budget above 10 counts as four times the
+    schedule's own epsilon at most: at the order for a huge budget, a small one could never be kept again.
     """
+    releases = list(releases)
     rdp = rdp_of(releases)
+    max_epsilon = min(max_epsilon, max(10.0, 4 * float(epsilon_at_orders(rdp, delta).min())))
     fixed_cost = epsilon_at_orders(np.full(len(ORDERS), 1e-300), delta)
     return int(((max_epsilon - fixed_cost) / np.maximum(rdp, 1e-300)).argmax())
 

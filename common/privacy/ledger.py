@@ -24,6 +24,7 @@ from common.privacy.accounting import MECHANISMS, ORDERS, Release, epsilon_at_or
 from common.privacy.chain import MAX_HEADS, Head, owner_of
 from common.privacy.ledger_file import LedgerFile
 from common.privacy.ledger_state import LedgerState, total_after
+from common.privacy.units import PrivacyUnit
 
 _REPLY_NAME = "released.bin"
 
@@ -31,21 +32,42 @@ _REPLY_NAME = "released.bin"
 class Ledger:
     """The ledger in `directory`, with the last released reply beside it in `released.bin`.
 
-    One budget for one data set, over all runs and coordinators. key_path: the signing key's place, if not there.
+    One budget for one data set, over all runs and coordinators. unit: the least that its owner protects; IMAGE allows both
+    units. public_key: the ledger that it must be; empty takes any, and makes one where there is none. key_path: the signing
+    key's place, if not there.
 
     Raises LedgerCorrupt where the files cannot be trusted, LedgerMoved where they are a copy, LedgerUnwritable where the
     disk takes nothing; so do all methods that write.
     """
 
-    def __init__(self, directory: Path, *, max_epsilon: float, delta: float, key_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_epsilon: float,
+        delta: float,
+        unit: PrivacyUnit = PrivacyUnit.IMAGE,
+        public_key: str = "",
+        key_path: Path | None = None,
+    ) -> None:
+        if public_key and not (directory / "ledger.jsonl").exists():
+            raise LedgerCorrupt(
+                f"the ledger {public_key[:16]} is not in {directory}: mount its disk, or name its folder as state-dir. A new one would "
+                "spend the budget again; only `visard client init` makes one"
+            )
         _make_private(directory)
         self._reply_path = directory / _REPLY_NAME
         self._max_epsilon = max_epsilon
         self._delta = delta
-        self._state = LedgerState(delta)
+        self._state = LedgerState(delta, unit)
         self._file = LedgerFile(directory, self._state.take_in, key_path)
         with self._file.locked():
             _sweep(directory)
+        if public_key and self.public_key != public_key:
+            raise LedgerCorrupt(
+                f"{directory} holds the ledger {self.public_key[:16]}, and the policy names {public_key[:16]}: another ledger would "
+                "spend the budget again; name the folder of the right one as state-dir"
+            )
 
     @property
     def epsilon(self) -> float:
@@ -66,6 +88,11 @@ class Ledger:
     def order(self) -> float | None:
         """The RDP order at which this ledger counts; None before its first charge."""
         return self._state.order
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether a witness has shown that records are missing: nothing is answered any more."""
+        return self._state.rolled_back
 
     def head(self) -> Head:
         """Number and hash of the last record, signed: what a reply carries for the coordinator to remember."""
@@ -95,14 +122,21 @@ class Ledger:
             self._refuse_rolled_back()
 
     def charge(
-        self, run_id: str, server_round: int, release: Release, plan: Sequence[Release], instructions: str
+        self,
+        run_id: str,
+        server_round: int,
+        release: Release,
+        plan: Sequence[Release],
+        instructions: str,
+        unit: PrivacyUnit = PrivacyUnit.PERSON,
     ) -> bytes | None:
         """Charge a round before its data is touched.
 
-        `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order; it binds nobody. `instructions`: their
-        digest. Returns None where the round is to be computed, or the very bytes to send again where it was answered
-        before. Raises BudgetExhausted before anything is written where max_epsilon would be passed, and PrivacyError
-        where a round number comes back with other instructions, or after a later one.
+        `plan`: the schedule of the run, used at a ledger's first charge to fix the RDP order; it binds nobody.
+        `instructions`: their digest. `unit`: what the release protects. Returns None where the round is to be computed, or
+        the very bytes to send again where it was answered before. Raises BudgetExhausted before anything is written where
+        max_epsilon would be passed, and PrivacyError where a round number comes back with other instructions, or after a
+        later one.
         """
         with self._file.locked():
             state = self._state
@@ -143,6 +177,7 @@ class Ledger:
                     "noise_multiplier": release.noise_multiplier,
                     "sample_rate": release.sample_rate,
                     "steps": release.steps,
+                    "unit": str(unit),
                     "instructions": instructions,
                     "order": order,
                     "delta": self._delta,

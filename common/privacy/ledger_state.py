@@ -18,18 +18,21 @@ import numpy as np
 
 from common.errors import ConfigError
 from common.privacy.accounting import MECHANISMS, ORDERS, Release, epsilon_at_order, rdp_at
+from common.privacy.units import PrivacyUnit
 
 
 class LedgerState:
-    """The records so far. `delta`: the one that its owner holds to; None takes the ledger's own.
+    """The records so far. `delta`: the one that its owner holds to; None takes the ledger's own. `unit`: the least that the
+    owner protects; a person's promise cannot hold over charges that were for single images.
 
     order: the RDP order, fixed at the first charge. rdp: the running total there, rounded up. charged: digest of the
     instructions of each (run, round). released: digest of its reply. releases: every charge, in order. unprotected: the
     first run without privacy, or empty. rolled_back: records are missing, as a witness showed.
     """
 
-    def __init__(self, delta: float | None = None) -> None:
+    def __init__(self, delta: float | None = None, unit: PrivacyUnit = PrivacyUnit.IMAGE) -> None:
         self.delta = delta
+        self._unit = unit
         self.order: float | None = None
         self.rdp = 0.0
         self.charged: dict[tuple[str, int], str] = {}
@@ -87,6 +90,11 @@ class LedgerState:
             raise ConfigError(
                 f"this ledger was opened for delta {record['delta']:g} and the policy says {self.delta:g}: a ledger keeps its "
                 f"delta; give {record['delta']:g}"
+            )
+        if PrivacyUnit(record["unit"]) is PrivacyUnit.IMAGE and self._unit is PrivacyUnit.PERSON:
+            raise ConfigError(
+                f"round {key[1]} was charged for single images, and the policy protects persons: of a person with several images more "
+                "was spent than this ledger counts. Keep unit image, or use other faces"
             )
         self.charged[key] = str(record["instructions"])
         self.last_rounds[key[0]] = max(key[1], self.last_rounds.get(key[0], 0))

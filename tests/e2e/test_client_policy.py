@@ -50,7 +50,8 @@ def test_init_check_and_a_start_that_is_refused(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "privacy-model central" in refused.stdout
     assert "Traceback" not in refused.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "owner.toml"], "looking leaves nothing behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "faces.visard", "owner.toml"]
+    assert not (tmp_path / "faces.visard" / "cache").exists(), "looking leaves nothing behind"
 
     policy = tmp_path / "owner.toml"
     policy.write_text(policy.read_text().replace("max-sample-rate = 0.5", "max-sample-rat = 0.5"))

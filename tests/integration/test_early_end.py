@@ -9,6 +9,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, DataError
 from common.faces import FaceDataset
 from common.fields import Scalar
+from common.messages import planned_releases
 from common.privacy.accounting import epsilon_of
 from common.privacy.ledger import Ledger
 from server.app import open_run
@@ -70,8 +71,6 @@ def test_a_reference_that_is_not_there_is_told_before_anybody_is_asked(tmp_path:
 
 def budgets(config: RunConfig, releases: list[int]) -> dict[int, float]:
     """Per client, the budget that pays for the moment round and as many gradient rounds as said."""
-    from common.messages import planned_releases
-
     cost = [
         epsilon_of(
             planned_releases(config.privacy, 1, config.moments.moment_noise_multiplier, rounds), config.privacy.delta
@@ -132,6 +131,24 @@ def test_nodes_that_are_spent_are_not_waited_for(tmp_path: Path) -> None:
     first, *others = exchange.wait_for_clients()
     exchange.spent.add(first)
     assert exchange.wait_for_clients() == others
+
+
+def test_a_round_of_several_steps_that_budgets_end_is_asked_for_again_as_it_was(tmp_path: Path) -> None:
+    """The fakes that go along are drawn before it is known: drawn anew, those who answered would refuse."""
+    config = tiny_config(num_rounds=4, local_steps=2, privacy_model="local")
+    cost = planned_releases(config.privacy, 1, config.moments.moment_noise_multiplier, 4)
+    poor = 1.0001 * epsilon_of(cost, config.privacy.delta)
+
+    def poorer(client: int, node: dict[str, Scalar]) -> dict[str, Scalar]:
+        return node | ({"max-epsilon": poor} if client < 2 else {})
+
+    state = run(tmp_path, config, policy=poorer)
+    assert state.ended_by == "budgets"
+    again = open_run(tmp_path, None, {"min-clients": 1})
+    train(tmp_path, again, shares(3), policy=poorer)
+    assert (again.ended_by, again.next_round) == ("", 6)
+    ledger = Ledger(tmp_path / "clients" / "0002", max_epsilon=config.privacy.epsilon, delta=config.privacy.delta)
+    assert len(ledger.releases) == 5
 
 
 def test_a_condition_that_is_still_met_keeps_a_run_ended(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from client.policy import OwnerPolicy
 from client.policy_file import load_policy_file
 from client.run_check import check_run, spent
 from client.simulated import simulated_owner
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, LedgerCorrupt
 from common.faces import load_faces
 from common.faces.loading import check_source
 from common.fields import key_of
@@ -60,7 +60,10 @@ def test_a_new_policy_has_every_key_its_meaning_and_its_default(folder: Path) ->
     assert "(default 0.5)" in text
     # The ledger lies beside the faces, whoever asks and wherever the policy lies.
     assert written(folder / "owner.toml") == OwnerPolicy(
-        data=str(folder / "faces"), state_dir=folder / "faces.visard", max_epsilon=10.0
+        data=str(folder / "faces"),
+        state_dir=folder / "faces.visard",
+        max_epsilon=10.0,
+        ledger=Ledger(folder / "faces.visard", max_epsilon=10.0, delta=1e-5).public_key,
     )
     elsewhere = visard("client", "init", "--data", "faces/../faces", "--out", "second.toml")
     assert elsewhere.exit_code == 0
@@ -119,6 +122,10 @@ def test_paths_are_relative_to_the_policy_s_own_folder(
         'allowed-privacy-models = ["local", "none"]\n'
     )
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.raises(ConfigError, match=r"own.toml names no ledger"):
+        OwnerPolicy.from_file(folder / "own.toml")
+    with (folder / "own.toml").open("a") as file:
+        file.write(f'ledger = "{"ab" * 32}"\n')
     policy = written(folder / "own.toml")
     assert (policy.data, policy.attributes) == (str(folder / "faces"), str(folder / "all.csv"))
     assert (policy.state_dir, policy.max_epsilon) == (folder.parent / "state", 2.0)
@@ -202,7 +209,7 @@ def test_check_prints_what_would_be_refused_and_ends_with_status_1(folder: Path)
     bare = visard("client", "check", "demo", "--privacy-model", "none", *RUN)
     assert bare.exit_code == 1
     assert "NO PRIVACY" in bare.output
-    assert not (folder / "owner.visard").exists()
+    assert Ledger(folder / "owner.visard", max_epsilon=10.0, delta=1e-5).releases == []
 
 
 def test_the_least_that_is_protected_is_written_as_a_word(folder: Path) -> None:
@@ -237,7 +244,17 @@ def test_faces_that_cannot_be_read_are_told_before_a_node_starts(folder: Path, g
     assert visard("client", "init", "--data", "faces", *given).exit_code == 0
     with pytest.raises(DataError, match=told):
         CliRunner().invoke(build(), ["client", "start"], catch_exceptions=False)
-    assert not (folder / "faces.visard").exists()
+    assert not (folder / "faces.visard" / "cache").exists()
+
+
+def test_a_policy_whose_ledger_is_not_found_spends_nothing_again(folder: Path) -> None:
+    """A folder that was moved, a disk that is not mounted: a new ledger would have the whole budget once more."""
+    assert visard("client", "init", "--data", "procedural:persons=20,images=2").exit_code == 0
+    (folder / "owner.visard").rename(folder / "moved.visard")
+    for command in (["start"], ["check", "demo", "--privacy-model", "local", *RUN]):
+        with pytest.raises(LedgerCorrupt, match=r"is not in .*owner.visard"):
+            CliRunner().invoke(build(), ["client", *command], catch_exceptions=False)
+    assert not (folder / "owner.visard").exists()
 
 
 def test_saved_faces_of_any_size_may_start(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A coordinator that asks for more than it may: it gets an error and nothing else, before a face is looked at."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from common.config import RunConfig
 from common.fields import Scalar
 from common.messages import RoundInstructions
 from common.models.discriminators import discriminator_of
-from common.models.flat import get_flat
+from common.models.flat import get_flat, num_parameters
 from common.privacy.ledger import Ledger
 from simulations.engine import InProcessGrid
 from tests.support import gradient_instructions, tiny_config
@@ -90,6 +91,7 @@ HOSTILE: dict[str, RecordDict] = {
     "a cohort of 0": changed(min_clients=0),
     "a cohort that is no number": changed(min_clients="many"),
     "a million views": changed(augmentation__augment="flip", augmentation__augment_views=10**6),
+    "more views than the owner's memory": changed(augmentation__augment="flip", augmentation__augment_views=64),
     "a million photographs of a person": changed(privacy__images_per_person=10**6),
     "500 photographs of a person": changed(privacy__images_per_person=500),
     "a batch of nobody": changed(privacy__expected_batch=1e-6),
@@ -166,3 +168,36 @@ def test_a_second_run_when_the_budget_is_spent(tmp_path: Path, reads: list[str])
     assert node(state)(changed(run_id="e" * 32)).error.reason == "BudgetExhausted"
     assert (reads, (state / "ledger.jsonl").read_bytes()) == ([], before)
     assert Ledger(state, max_epsilon=10.0, delta=1e-5).epsilon <= 10.0
+
+
+def test_an_older_round_of_a_run_is_not_answered(tmp_path: Path, reads: list[str]) -> None:
+    ask = node(tmp_path / "state")
+    assert ask(honest(server_round=3).to_record()).has_content()
+    before = (tmp_path / "state" / "ledger.jsonl").read_bytes()
+    reads.clear()
+    client.app.open_faces.cache_clear()
+    assert ask(honest(server_round=2).to_record()).error.reason == "PrivacyError"
+    assert (reads, (tmp_path / "state" / "ledger.jsonl").read_bytes()) == ([], before)
+
+
+def test_classes_that_the_owner_s_labels_are_not(tmp_path: Path, reads: list[str]) -> None:
+    labelled = {"label-column": "hair", "label-values": "long,bald,bun"}
+    reply = node(tmp_path / "state", **labelled)(changed(model__num_classes=2))
+    assert (reply.error.reason, reads) == ("PrivacyError", [])
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_run_that_the_faces_do_not_fit_is_charged_once(tmp_path: Path) -> None:
+    """Classes are asked of faces without labels: what was told once costs nothing more."""
+    ask = node(tmp_path / "state")
+    model = dataclasses.replace(CONFIG.model, num_classes=2)
+    size = num_parameters(discriminator_of(model))
+    sizes = []
+    for server_round in (1, 2, 3):
+        asked = dataclasses.replace(
+            honest(server_round=server_round), model=model, discriminator=np.zeros(size, np.float32)
+        )
+        assert ask(asked.to_record()).error.reason == "RoundFailed"
+        sizes.append((tmp_path / "state" / "ledger.jsonl").stat().st_size)
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert ask(changed(run_id="f" * 32)).has_content(), "another run counts for itself"

@@ -12,6 +12,7 @@ from common.errors import BudgetExhausted, ConfigError, LedgerCorrupt, PrivacyEr
 from common.privacy.accounting import ORDERS, Release, epsilon_at_orders, epsilon_of, filter_order, rdp_at, rdp_of
 from common.privacy.ledger import Ledger
 from common.privacy.ledger_state import total_after
+from common.privacy.units import PrivacyUnit
 
 RUN = "a" * 32
 DELTA = 1e-5
@@ -77,6 +78,7 @@ def test_a_charge_is_on_the_disk_when_it_returns(tmp_path: Path) -> None:
         "noise_multiplier": 2.0,
         "sample_rate": 0.1,
         "steps": 1,
+        "unit": "person",
         "instructions": "asked",
         "order": ORDERS[order],
         "delta": DELTA,
@@ -286,3 +288,30 @@ def test_a_run_goes_forward(tmp_path: Path) -> None:
     assert charge(ledger, 5) is None, "the last one may be asked for again"
     assert ledger.charge("b" * 32, 1, STEP, PLAN, "asked") is None, "another run counts for itself"
     assert len(ledger.releases) == 2
+
+
+def test_image_charges_are_no_person_s_promise(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, max_epsilon=10.0, delta=DELTA, unit=PrivacyUnit.IMAGE)
+    ledger.charge(RUN, 1, STEP, PLAN, "asked", PrivacyUnit.IMAGE)
+    with pytest.raises(ConfigError, match="charged for single images"):
+        Ledger(tmp_path, max_epsilon=10.0, delta=DELTA, unit=PrivacyUnit.PERSON)
+    assert Ledger(tmp_path, max_epsilon=10.0, delta=DELTA, unit=PrivacyUnit.IMAGE).epsilon == ledger.epsilon
+
+
+def test_a_named_ledger_is_never_made_anew_nor_taken_for_another(tmp_path: Path) -> None:
+    first = fill(tmp_path / "first")
+    named = Ledger(tmp_path / "first", max_epsilon=10.0, delta=DELTA, public_key=first.public_key)
+    assert named.epsilon == first.epsilon
+    with pytest.raises(LedgerCorrupt, match="is not in"):
+        Ledger(tmp_path / "gone", max_epsilon=10.0, delta=DELTA, public_key=first.public_key)
+    assert not (tmp_path / "gone").exists()
+    fill(tmp_path / "other")
+    with pytest.raises(LedgerCorrupt, match="another ledger"):
+        Ledger(tmp_path / "other", max_epsilon=10.0, delta=DELTA, public_key=first.public_key)
+
+
+def test_a_huge_budget_leaves_a_ledger_that_can_be_kept_to_a_small_one(tmp_path: Path) -> None:
+    release = Release("moments", 5.0, 1.0)
+    ledger = open_ledger(tmp_path, 1e6)
+    ledger.charge(RUN, 1, release, [release], "asked")
+    assert ledger.epsilon < 5, "and not 226, as at the order for such a budget"
