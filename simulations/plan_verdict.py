@@ -86,7 +86,9 @@ def _told(run: RecordedRun) -> str:
 # docs/results.md and benchmarks/results/utility.jsonl; at delta 1e-5.
 RECORDED_RUNS = (
     RecordedRun("ORL, 40 persons", 40, 1, 19_928, 0.6, 1.0, Verdict.HOPELESS, "an oval of grey"),
-    RecordedRun("London, 102 persons", 102, 1, 24_632, 0.6, 1.0, Verdict.MARGINAL, "faces under speckle, little variety"),
+    RecordedRun(
+        "London, 102 persons", 102, 1, 24_632, 0.6, 1.0, Verdict.MARGINAL, "faces under speckle, little variety"
+    ),
     RecordedRun("MNIST `local`", 60_000, 10, 13_048, 1.5, math.sqrt(10), Verdict.GOOD, "digits, 91.6 %"),
     RecordedRun("LFW, 1,680 persons", 1_680, 1, 24_632, 0.65, 1.0, Verdict.GOOD, "plainly faces, speckled"),
     RecordedRun("UTKFace, 4,560 images", 4_560, 2, 24_632, 0.7, 1.0, Verdict.GOOD, "faces, gender 85 %"),
