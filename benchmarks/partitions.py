@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from settings import settings
 
 from common.applications.generate import TrainedGenerator
 from common.evaluation.fidelity import FrechetDistance
@@ -98,10 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other options of the recipe")
     options = parser.parse_args()
-    overrides: dict[str, Scalar] = {}
-    for item in options.set:
-        key, _, value = item.partition("=")
-        overrides[key] = json.loads(value) if value[:1] in "0123456789-tf" else value
+    overrides = settings(options.set)
     with tempfile.TemporaryDirectory() as folder:
         train, held = split(options.data, Path(folder))
         for seed in options.seed:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from settings import settings
 
 from common.applications.generate import TrainedGenerator
 from common.config import RunConfig
@@ -97,10 +98,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other options of the recipe")
     parser.add_argument("--keep", type=Path, help="folder to keep the runs in")
     options = parser.parse_args()
-    overrides: dict[str, Scalar] = {"data": str(Path(options.data).resolve())}
-    for item in options.set:
-        key, _, value = item.partition("=")
-        overrides[key] = json.loads(value) if value[:1] in "0123456789-tf" else value
+    overrides: dict[str, Scalar] = {"data": str(Path(options.data).resolve()), **settings(options.set)}
     rows = []
     for seed in options.seed:
         for arm in options.arm:

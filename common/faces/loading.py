@@ -118,7 +118,7 @@ def _open(source: FaceSource, options: FaceOptions, split: str) -> Source:
         return open_npz(str(path), source, options, split)
     if not path.is_dir():
         known = ", ".join(f"{scheme}:" for scheme in SCHEMES)
-        raise DataError(f"{path} is no folder, no .npz file and begins with none of {known}: check the path")
+        raise DataError(f"{path} is no folder, no .npz file and begins with none of {known}; check the path")
     return open_folder(str(path), source, options, split)
 
 

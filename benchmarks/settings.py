@@ -1,0 +1,20 @@
+"""Options of a recipe on a benchmark's command line."""
+
+from collections.abc import Iterable
+
+from common.config import flat_fields
+from common.errors import ConfigError
+from common.fields import Scalar
+
+
+def settings(items: Iterable[str]) -> dict[str, Scalar]:
+    """KEY=VALUE texts as flat keys, each of its option's own type. Raises ConfigError."""
+    found: dict[str, Scalar] = {}
+    for item in items:
+        key, _, text = item.partition("=")
+        kind = flat_fields().get(key, (str,))[0]  # an unknown key is refused where the recipe is loaded
+        try:
+            found[key] = text == "true" if kind is bool else kind(text) if kind in (int, float) else text
+        except ValueError:
+            raise ConfigError(f"--set {item}: {key} must be a {kind.__name__}") from None
+    return found
