@@ -174,12 +174,18 @@ def test_a_node_stopped_while_it_cannot_deliver_ends_at_once(start: Start, addre
     assert node.returncode == 0
 
 
-def test_the_superlink_dies_with_its_coordinator(start: Start, address: str) -> None:
-    script = "import sys, time; from server.superlink import superlink_grid\nwith superlink_grid(sys.argv[1]): time.sleep(60)"
+def test_the_superlink_dies_with_its_coordinator(start: Start, address: str, tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys, time; from server.superlink import superlink_grid\n"
+        "with superlink_grid(sys.argv[1]): pathlib.Path(sys.argv[2]).touch(); time.sleep(60)"
+    )
     for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 128 + 15), (signal.SIGINT, -2)):
-        coordinator = start("-c", script, address)
-        wait_for(lambda p=coordinator: answers(address) or p.poll() is not None, "the SuperLink")  # type: ignore[misc]
+        up = tmp_path / f"up-{number}"
+        coordinator = start("-c", script, address, str(up))
+        # The port answers before the coordinator has got to the end of its start.
+        wait_for(lambda p=coordinator, up=up: up.exists() or p.poll() is not None, "the SuperLink")  # type: ignore[misc]
         assert coordinator.poll() is None, coordinator.communicate()[0]
+        assert answers(address)
         coordinator.send_signal(number)
         assert coordinator.wait(60) == status
         wait_for(lambda: not answers(address), "the end of the SuperLink")
