@@ -27,6 +27,10 @@ FLOWER = {
     "server/app.py",
     "server/exchange.py",
     "server/superlink.py",
+    "simulations/audit/gate.py",
+    "simulations/audit/one_run.py",
+    "simulations/audit/tap.py",
+    "simulations/audit/wire.py",
     "simulations/engine.py",
     "simulations/simulate.py",
 }
