@@ -21,6 +21,7 @@ from common.config import RunConfig
 from common.device import pick_device
 from common.errors import CheckpointError, ConfigError
 from common.files import write_atomically
+from common.messages import RoundInstructions
 from common.models import initialise
 from common.models.discriminators import discriminator_of
 from common.models.generators import generator_of
@@ -37,7 +38,7 @@ class CoordinatorState:
     for each node that was asked, its moment rounds and gradient steps, answered or not, and the last round that it was
     asked. ledger_heads: the last head seen of each client's ledger, by its public key. asked_round: the last round that
     anybody was asked. last: figures of the last round. ended_by: `figure` or `budgets` where the run ended before its
-    last round, and stopped: why.
+    last round, and stopped: why. released: what the last round asked, and the noised mean that came of it; not saved.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class CoordinatorState:
     asked_round: int = 0
     ended_by: str = ""
     stopped: str = ""
+    released: tuple[RoundInstructions, Tensor] | None = None
 
     @classmethod
     def fresh(cls, config: RunConfig, run_id: str | None = None) -> "CoordinatorState":

@@ -79,6 +79,7 @@ def coordinate(
             state.ended_by, state.stopped = "budgets", str(error)
             log.warning("%s", error)
             break
+        state.released = instructions, gradient
         if instructions.stage is Stage.MOMENTS:
             state.moment_target = gradient.view(max(config.model.num_classes, 1), -1)
             state.last = {}

@@ -140,8 +140,8 @@ class _Gate:
     def run(self) -> None:
         """Ask everything that the run would, and test it."""
         if self.config.training.num_rounds:
-            self._draws("draws", self.config.privacy.sample_rate)
-            self._draws("few", 1 / len(self._errors))
+            self.drawn, self.contribution = self._draws("at the run's rate", self.config.privacy.sample_rate)
+            self._draws("at a small rate", 1 / len(self._errors))
             self._everybody()
             if self.config.training.local_steps > 1:
                 self._steps()
@@ -153,7 +153,8 @@ class _Gate:
         matching = sum(charged == self.tap.asked for charged in charges)
         self.tests.append(exact_test("ledgers that charge what was asked, once", matching, len(charges)))
 
-    def _draws(self, name: str, rate: float) -> None:
+    def _draws(self, name: str, rate: float) -> tuple[tuple[int, int], float]:
+        """Returns how many units were drawn of how many chances, and the most that one added, over its contribution."""
         contributions, clip = self.canaries.contributions, self.config.privacy.max_grad_norm
         units, sigma = len(contributions), _READING_NOISE
         some = np.random.default_rng(0).permutation(contributions.shape[1])[:_KEPT]
@@ -169,19 +170,15 @@ class _Gate:
         twins = kept[..., :units]
         flat = _whole(kept)
         if len(flat) < 2:
-            return
+            return (0, 0), 1.0
         drawn, noise = flat[:, :units] > 0.5, flat[:, units:] / sigma
         self.tests += contribution_tests(f"{name}: contribution", flat[:, :units], drawn, sigma * self._errors)
         self.tests += sampler_tests(f"{name}: draws", drawn, rate)
-        self.tests.append(same_draws_test(f"{name}: draws of the twins", twins[0] > 0.5, twins[1] > 0.5, rate))
+        self.tests.append(same_draws_test(f"{name}: draws: twins", twins[0] > 0.5, twins[1] > 0.5, rate))
         if self.tap.sources > 1:
-            self.tests.append(
-                same_draws_test(f"{name}: draws of the clients", twins[:, 0] > 0.5, twins[:, 1] > 0.5, rate)
-            )
+            self.tests.append(same_draws_test(f"{name}: draws: clients", twins[:, 0] > 0.5, twins[:, 1] > 0.5, rate))
         self.tests += noise_tests(f"{name}: noise", noise, [noise.shape[1]])
-        if name == "draws":
-            self.drawn = int(drawn.sum()), drawn.size
-            self.contribution = _largest_contribution(flat[:, :units], drawn, sigma * self._errors)
+        return (int(drawn.sum()), drawn.size), _largest_contribution(flat[:, :units], drawn, sigma * self._errors)
 
     def _everybody(self) -> None:
         privacy = self.config.privacy

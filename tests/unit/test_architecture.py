@@ -69,10 +69,13 @@ def test_the_list_of_flower_s_doors_is_no_longer_than_it_must_be() -> None:
 @pytest.mark.parametrize("path", [*SOURCES, ROOT / "visard.py"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_pickle_no_global_randomness_and_no_assert(path: Path) -> None:
     source = path.read_text()
-    assert not first(imported(path)) & {"pickle", "shelve", "dill", "joblib", "random"}
+    assert not first(imported(path)) & {"pickle", "shelve", "dill", "joblib"}
     tree = ast.parse(source)
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert "torch.load(" not in source
+    if path.relative_to(ROOT).as_posix() == "simulations/audit/tap.py":
+        return  # seeds the global generators, to catch a client that draws from them
+    assert "random" not in first(imported(path))
     assert not re.search(r"(?<!\.)\btorch\.manual_seed|np\.random\.(?!default_rng|Generator|SeedSequence)\w", source)
 
 
