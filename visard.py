@@ -25,6 +25,7 @@ def build() -> typer.Typer:
     from client.cli import start as start_client
     from client.data_cli import check
     from server.cli import start_command
+    from simulations.audit.cli import audit
     from simulations.cli import generate, simulate
     from simulations.data_cli import show
     from simulations.plan_cli import plan
@@ -39,6 +40,7 @@ def build() -> typer.Typer:
     app.command("plan")(plan)
     app.command("simulate")(simulate)
     app.command("generate")(generate)
+    app.command("audit")(audit)
     client = typer.Typer(help="An owner's side: keeps the faces, enforces the budget.", no_args_is_help=True)
     client.command("init")(init_client)
     client.command("check")(check_run(load_recipe))
