@@ -22,6 +22,7 @@ def build() -> typer.Typer:
     from client import ledger_cli
     from client.cli import check_command as check_run
     from client.cli import init as init_client
+    from client.cli import peers
     from client.cli import start as start_client
     from client.data_cli import check
     from server.cli import start_command
@@ -44,6 +45,7 @@ def build() -> typer.Typer:
     client = typer.Typer(help="An owner's side: keeps the faces, enforces the budget.", no_args_is_help=True)
     client.command("init")(init_client)
     client.command("check")(check_run(load_recipe))
+    client.command("peers")(peers)
     client.command("start")(start_client)
     coordinator = typer.Typer(help="The other side: keeps the generator, sees no photograph.", no_args_is_help=True)
     coordinator.command("start")(start_command(load_recipe))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from client.discriminator import check_weights, gradient_update
 from client.moments import moment_update
 from client.policy import OwnerPolicy
+from client.secure_round import MaskedAnswer, answer_for_sum
 from common.errors import DataError, RoundFailed, VisardError
 from common.faces import FaceDataset, load_faces
 from common.messages import DiscriminatorUpdate, RoundInstructions, Stage, witness_of
@@ -42,7 +43,10 @@ def create_app(new_random: NewRandom = lambda _instructions, _context: SecureRan
         try:
             policy = OwnerPolicy.from_context(context)
             disclose = policy.disclose_reason
-            return Message(_answer(message.content, policy, context, new_random, unfit), reply_to=message)
+            answer = answer_for_sum(policy, message.content, partial(_ledger_of, policy))
+            if answer is None:
+                answer = _answer(message.content, policy, context, new_random, unfit)
+            return Message(answer, reply_to=message)
         except RoundFailed as error:
             kind = type(error).__name__
             log.error("round failed", exc_info=error.__cause__)
@@ -68,7 +72,10 @@ def _answer(
         raise RoundFailed("these faces are not fit for this run, as was told before; nothing is charged")
     if instructions.stage is Stage.GRADIENTS:
         check_weights(instructions)  # before anything is charged
-    ledger = open_ledger(policy.state_dir, policy.max_epsilon, policy.delta, policy.unit, policy.ledger)
+    masked = None
+    if instructions.privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+        masked = MaskedAnswer.prepare(policy, instructions, content)
+    ledger = _ledger_of(policy)
     ledger.check_witness(witness_of(content))
     random = new_random(instructions, context)
     try:
@@ -76,34 +83,43 @@ def _answer(
             ledger.note_unprotected(instructions.run_id)
             vector = _update(policy, instructions, random)
         else:
-            vector = _private_update(ledger, policy, instructions, random)
+            vector = _private_update(ledger, policy, instructions, random, masked)
     except RoundFailed as error:
         if isinstance(error.__cause__, DataError):
             unfit.add(run)
         raise
-    return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector, ledger.head()).to_record()
+    place = 0 if masked is None else masked.place
+    return DiscriminatorUpdate(instructions.run_id, instructions.server_round, vector, ledger.head(), place).to_record()
 
 
 def _private_update(
-    ledger: Ledger, policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom
+    ledger: Ledger,
+    policy: OwnerPolicy,
+    instructions: RoundInstructions,
+    random: SecureRandom,
+    masked: MaskedAnswer | None,
 ) -> np.ndarray:
     """Charged on the disk before any face is touched; on the disk before it is sent; sent again as it was."""
+    dtype = "<f4" if masked is None else "<u4"
     run = (instructions.run_id, instructions.server_round)
     unit = instructions.privacy.unit
     sent = ledger.charge(*run, instructions.release, instructions.plan, instructions.digest(), unit)
     if sent is not None:
-        return np.frombuffer(sent, dtype="<f4")
-    vector = _update(policy, instructions, random)
-    ledger.release(*run, vector.astype("<f4").tobytes())
+        return np.frombuffer(sent, dtype=dtype)
+    vector = _update(policy, instructions, random, masked)
+    ledger.release(*run, vector.astype(dtype).tobytes())
     return vector
 
 
-def _update(policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom) -> np.ndarray:
+def _update(
+    policy: OwnerPolicy, instructions: RoundInstructions, random: SecureRandom, masked: MaskedAnswer | None = None
+) -> np.ndarray:
     model = instructions.model
     compute = moment_update if instructions.stage is Stage.MOMENTS else gradient_update
     try:
         faces = open_faces(policy.source, model.image_size, model.channels, policy.state_dir / "cache")
-        return compute(instructions, faces, random)
+        vector = compute(instructions, faces, random)
+        return vector if masked is None else masked.mask(vector, random)
     except Exception as error:
         raise RoundFailed("the round failed at this client") from error
 
@@ -112,6 +128,10 @@ def _update(policy: OwnerPolicy, instructions: RoundInstructions, random: Secure
 def open_faces(source: FaceSource, image_size: int, channels: int, cache_dir: Path) -> FaceDataset:
     """This owner's faces, decoded once a process: restart the node after taking photographs away."""
     return load_faces(source, image_size, channels, cache_dir=cache_dir)
+
+
+def _ledger_of(policy: OwnerPolicy) -> Ledger:
+    return open_ledger(policy.state_dir, policy.max_epsilon, policy.delta, policy.unit, policy.ledger)
 
 
 @lru_cache(maxsize=1024)

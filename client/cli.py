@@ -73,6 +73,7 @@ def init(
     """Write a policy with every key, its meaning and its default, for the owner to edit."""
     from client.policy import OwnerPolicy
     from client.policy_file import check_places, ledger_beside, write_policy_file
+    from client.secret_store import PEER_KEY, load_peer_key, make_peer_key
     from common.faces.folders import BY_NAME
     from common.faces.loading import SCHEMES
     from common.privacy.ledger import Ledger
@@ -90,6 +91,8 @@ def init(
     # The ledger is made here and nowhere else: a node that does not find it answers nothing.
     made = Ledger(Path(place), max_epsilon=_MAX_EPSILON, delta=OwnerPolicy.delta)
     given |= {"state-dir": place, "max-epsilon": _MAX_EPSILON, "ledger": made.public_key}
+    key = Path(place) / PEER_KEY
+    peer = load_peer_key(key) if key.exists() else make_peer_key(key)
     keys: dict[str, tuple[Any, Any, str]] = {}
     for f in fields(OwnerPolicy):
         default = None if f.default is MISSING else f.default
@@ -99,11 +102,53 @@ def init(
     console.print(_told(policy), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{out} is written: read and edit it, then\n  visard client check --policy {out} RECIPE   # what a run would cost\n"
-        f"  visard client start --policy {out}",
+        f"  visard client start --policy {out}\n"
+        f"this client's public peer key, for the other owners of a distributed run (see `visard client peers --help`):\n"
+        f"  {peer.public_key().public_bytes_raw().hex()}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def peers(
+    keys: Annotated[
+        Path, typer.Argument(help="Text file of all clients' public peer keys, one a line, this one's among them")
+    ],
+    policy: PolicyOption = _POLICY,
+    pin: Annotated[bool, typer.Option("--pin", help="Write the fingerprint into the policy")] = False,
+) -> None:
+    """Tell the fingerprint of the clients that may form a secure sum. Owners compare it by another way than the coordinator.
+
+    A coordinator that could choose the clients would invent some, and take the noise off. So each owner gets the keys from the
+    other owners, compares the fingerprint with them (by telephone, say), and pins it.
+    """
+    from client.policy import OwnerPolicy
+    from client.policy_file import set_key
+    from client.secret_store import PEER_KEY, load_peer_key
+    from common.privacy.masks import fingerprint
+
+    owner = OwnerPolicy.from_file(policy)
+    own = load_peer_key(owner.state_dir / PEER_KEY).public_key().public_bytes_raw()
+    found = read_peer_keys(keys)
+    if own not in found:
+        raise ConfigError(f"{keys} does not have this client's own peer key, {own.hex()}: add it")
+    console.print(f"{len(found)} peers: {fingerprint(found)}", highlight=False, soft_wrap=True)
+    if pin:
+        set_key(policy, "peers", fingerprint(found))
+        console.print(f"pinned in {policy}; it takes effect at the next start", highlight=False, soft_wrap=True)
+
+
+def read_peer_keys(path: Path) -> list[bytes]:
+    """Public peer keys, 64 hex digits a line. Raises ConfigError for anything else, and for a key that is there twice."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        keys = [bytes.fromhex(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read peer keys from {path}: {error}; one key of 64 hex digits a line") from error
+    if len(keys) < 2 or any(len(key) != 32 for key in keys) or len(set(keys)) < len(keys):
+        raise ConfigError(f"{path} has {len(keys)} lines: two different keys of 64 hex digits or more, one a line")
+    return keys
 
 
 def check_command(load_recipe: LoadRecipe) -> Callable[..., None]:

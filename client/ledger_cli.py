@@ -180,6 +180,11 @@ def adopt(
         console.print(_EXPLAINED.format(report=report), highlight=False, markup=False, soft_wrap=True)
         typer.confirm("Is this the only copy in use, and the newest?", abort=True)
     done = adopt_ledger(file.parent)
+    # An older copy's keys may have masked before: a mask that serves twice is none.
+    from client.secret_store import SECRETS
+
+    for dealt in (file.parent / SECRETS).glob("*.run"):
+        dealt.unlink(missing_ok=True)
     told = "adopted: the ledger has its place in" if done else "nothing to adopt, the ledger says that it lies in"
     console.print(f"{told} {file.parent}", highlight=False, markup=False, soft_wrap=True)
 

@@ -70,14 +70,27 @@ class OwnerPolicy(FaceSource):
     )
     allowed_privacy_models: tuple[PrivacyModel, ...] = option(
         (PrivacyModel.LOCAL,),
-        "of local (noised here: nobody is trusted), central (the coordinator gets clear sums and is trusted to add the noise), "
-        "none (NO PRIVACY)",
+        "of local (noised here: nobody is trusted), distributed (a share of noise here, under a secure sum), central (the "
+        "coordinator gets clear sums and is trusted to add the noise), none (NO PRIVACY)",
     )
     allowed_discriminators: tuple[str, ...] = option(tuple(DISCRIMINATORS), "networks that a run may train here")
     min_noise_multiplier: float = option(0.3, "least noise of a gradient step, as a multiple of the clipping norm")
     min_moment_noise_multiplier: float = option(0.3, "least noise of the moment release, as a multiple of its norm")
     min_cohort: int = option(
         2, "least number of clients that a round must need; this is the coordinator's word, a client cannot see it"
+    )
+    peers: str = option(
+        "",
+        "distributed: fingerprint of the peer set, as `visard client peers` tells it; compare it with the other owners by another way, "
+        "or a coordinator could invent clients and take the noise off",
+    )
+    min_noise_shares: int = option(
+        2,
+        "distributed: least noise shares of honest clients in every sum, as follows from peers, survivors and colluders",
+    )
+    min_colluders: int = option(1, "distributed: least number of clients that may collude with the coordinator")
+    max_deal_rounds: int = option(
+        200, "distributed: most rounds for which keys are dealt ahead; they are kept on the disk"
     )
     min_expected_batch: float = option(
         1.0, "least number of units (persons or images) that a run declares for a client's step"
@@ -160,6 +173,11 @@ class OwnerPolicy(FaceSource):
         between(self, ["delta"], 0, 0.499999, open_low=True)
         between(self, ["min_noise_multiplier", "min_moment_noise_multiplier"], 0, 1e3)
         between(self, ["min_cohort", "max_local_steps"], 1, 10**4)
+        between(self, ["min_noise_shares", "min_colluders", "max_deal_rounds"], 1, 1000)
+        require(
+            not self.peers or (len(self.peers) == 64 and set(self.peers) <= set("0123456789abcdef")),
+            f"peers = {self.peers!r}: a fingerprint has 64 hex digits, as `visard client peers` tells it",
+        )
         between(self, ["min_expected_batch"], 0, 1e9)
         between(self, ["max_sample_rate"], 0, 1, open_low=True)
         between(self, ["max_images_per_person"], 1, 1000)
@@ -248,6 +266,13 @@ class OwnerPolicy(FaceSource):
         at_most("max_augment_views", "augment-views", asked.augmentation.augment_views)
         at_most("max_fakes", "fakes", 0 if asked.fakes is None else len(asked.fakes))
         at_least("min_cohort", "min-clients", asked.min_clients)
+        if privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+            if not self.peers:
+                told = "compare its fingerprint with the other owners, and pin it with `visard client peers FILE --pin`"
+                refuse("peers", "a secure sum", "empty", told)
+            shares = privacy.noise_shares if privacy.peers and privacy.survivors else 0
+            at_least("min_noise_shares", "noise shares", shares)
+            at_least("min_colluders", "colluders", privacy.colluders)
         if asked.stage is Stage.MOMENTS and private:
             at_least("min_moment_noise_multiplier", "moment-noise-multiplier", asked.moment_noise_multiplier)
         if asked.stage is Stage.GRADIENTS or asked.planned_steps > 0:

@@ -14,6 +14,7 @@ from common.errors import ConfigError, DataError
 from common.faces.folders import BY_NAME
 from common.faces.loading import SCHEMES
 from common.fields import Scalar
+from common.files import write_atomically
 from common.sections import FaceSource
 
 _HEADER = """\
@@ -79,6 +80,16 @@ def write_policy_file(
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def set_key(path: Path, key: str, value: Scalar) -> None:
+    """Give a key of the policy file another value; comments and the rest stay. Raises ConfigError where the key is not in it."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    places = [number for number, line in enumerate(lines) if line.partition("=")[0].strip() == key]
+    if len(places) != 1:
+        raise ConfigError(f"{path} has no line {key} = ...: add one, as `visard client init` writes it")
+    lines[places[0]] = f"{key} = {_toml(value)}\n"
+    write_atomically(path, "".join(lines).encode(), private=True)
 
 
 def ledger_beside(data: str, policy: Path) -> str:

@@ -1,10 +1,14 @@
 """Simulated owners, who are one with the coordinator: under `flwr run` and `visard simulate` alike."""
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from client.secret_store import PEER_KEY, load_peer_key, make_peer_key
 from common.errors import ConfigError
 from common.faces.procedural import parse_source
 from common.fields import Scalar, keys_of
+from common.privacy.masks import fingerprint
 from common.privacy.units import PrivacyModel
 from common.sections import FaceSource
 
@@ -22,6 +26,7 @@ def simulated_owner(node: Mapping[str, Scalar], run: Mapping[str, Scalar], run_i
             "otherwise with `visard simulate`"
         )
     client, clients = int(node["partition-id"]), int(node["num-partitions"])
+    owners = Path(str(run.get("runs-dir", "runs"))).expanduser() / f"flwr-{run_id}" / "clients"
     source = {key: run[key] for _, key in keys_of(FaceSource)}
     data = str(source["data"])
     if data.startswith("procedural:"):
@@ -39,9 +44,25 @@ def simulated_owner(node: Mapping[str, Scalar], run: Mapping[str, Scalar], run_i
         **source,
         "data": data,
         "attributes": str(source["attributes"]).replace("{client}", str(client)),
-        "state-dir": f"{run.get('runs-dir', 'runs')}/flwr-{run_id}/clients/{client}",
+        "state-dir": str(owners / str(client)),
         **simulated_limits(run),
+        **simulated_peers(run, [owners / str(number) for number in range(clients)]),
     }
+
+
+def simulated_peers(run: Mapping[str, Scalar], state_dirs: Sequence[Path]) -> dict[str, Scalar]:
+    """Of a distributed run: what the owners who keep their state in these folders pin, each with a peer key, made where it is missing."""
+    if run["privacy-model"] != PrivacyModel.DISTRIBUTED:
+        return {}
+    keys = []
+    state_dirs[0].parent.mkdir(parents=True, exist_ok=True)
+    with (state_dirs[0].parent / "peers.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # several processes may simulate the clients
+        for state_dir in state_dirs:
+            path = state_dir / PEER_KEY
+            key = load_peer_key(path) if path.exists() else make_peer_key(path)
+            keys.append(key.public_key().public_bytes_raw())
+    return {"peers": fingerprint(keys)}
 
 
 def simulated_limits(run: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -58,6 +79,7 @@ def simulated_limits(run: Mapping[str, Scalar]) -> dict[str, Scalar]:
         "min-noise-multiplier": 0.0,
         "min-moment-noise-multiplier": 0.0,
         "min-cohort": 1,
+        "min-noise-shares": 1,
         "min-expected-batch": 0.0,
         "max-sample-rate": run["sample-rate"],
         "max-images-per-person": run["images-per-person"],

@@ -50,9 +50,9 @@ class RunConfig:
             "them; use partitioner person, or unit image",
         )
         require(
-            self.training.local_steps == 1 or self.privacy.privacy_model is not PrivacyModel.CENTRAL,
-            f"local-steps = {self.training.local_steps} under privacy-model central: a client's weights after several steps "
-            "hide more than one clipped gradient a unit; use local-steps 1, or privacy-model local",
+            self.training.local_steps == 1 or self.privacy.privacy_model in (PrivacyModel.LOCAL, PrivacyModel.NONE),
+            f"local-steps = {self.training.local_steps} under privacy-model {self.privacy.privacy_model}: a client's weights after "
+            "several steps hide more than one clipped gradient a unit; use local-steps 1, or privacy-model local",
         )
         require(
             not private or self.training.checkpoint_every == 1,

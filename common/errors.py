@@ -11,7 +11,8 @@
     |-- ProtocolError          a message that does not fit the round
     |   |-- MalformedUpdate    wrong keys, shapes, dtypes or values
     |   |-- CohortTooSmall     fewer clients answered than the round needs
-    |   |   `-- BudgetsSpent   because the budgets of the others are spent: the run is over
+    |   |   |-- BudgetsSpent   because the budgets of the others are spent: the run is over
+    |   |   `-- RoundVoid      to open a secure sum that was closed: this round is lost, the next may go on
     |   `-- RoundFailed        a client could not compute its answer; only its owner reads why
     `-- CheckpointError        a run's saved state cannot be read or written
 
@@ -66,6 +67,10 @@ class CohortTooSmall(ProtocolError):
 
 class BudgetsSpent(CohortTooSmall):
     """Too few clients have a budget left for another round: the run ends here, and keeps what it has."""
+
+
+class RoundVoid(CohortTooSmall):
+    """A secure sum cannot be opened any more: its charges stand, and the run goes on with the next round."""
 
 
 class RoundFailed(ProtocolError):

@@ -28,8 +28,10 @@ from common.sections import AugmentationConfig, ModelConfig, PrivacyConfig
 
 # No update or set of fakes is larger than this, whatever a message declares.
 MAX_BYTES = 1 << 30
+# Records that go along with instructions and are no part of what is asked.
+_BESIDE = ("witness", "secure_mask_request")
 _SECTIONS = {"model": ModelConfig, "privacy": PrivacyConfig, "augmentation": AugmentationConfig}
-_DTYPES = {"float32": "<f4", "int64": "<i8", "uint8": "|u1"}
+_DTYPES = {"float32": "<f4", "int64": "<i8", "uint8": "|u1", "uint32": "<u4"}
 
 
 class Stage(StrEnum):
@@ -70,9 +72,10 @@ class RoundInstructions:
     @property
     def release(self) -> Release:
         """What answering costs."""
+        moments, gradients = _mechanisms(self.privacy)
         if self.stage is Stage.MOMENTS:
-            return Release("moments", self.moment_noise_multiplier, 1.0)
-        return Release("gradients", self.privacy.noise_multiplier, self.privacy.sample_rate, self.local_steps)
+            return Release(moments, self.moment_noise_multiplier, 1.0)
+        return Release(gradients, self.privacy.noise_multiplier, self.privacy.sample_rate, self.local_steps)
 
     @property
     def plan(self) -> list[Release]:
@@ -108,7 +111,7 @@ class RoundInstructions:
     @classmethod
     def from_record(cls, record: RecordDict) -> Self:
         """Unpack and check. Raises ProtocolError, or ConfigError on a value that no run may have."""
-        asked = RecordDict({name: part for name, part in record.items() if name != "witness"})
+        asked = RecordDict({name: part for name, part in record.items() if name not in _BESIDE})
         scalars, arrays = _records(asked, "instructions", ProtocolError)
         try:
             values: dict[str, Any] = dict(scalars)
@@ -146,8 +149,10 @@ class RoundInstructions:
         require(0 <= self.feature_seed <= 2**31, f"feature_seed = {self.feature_seed}")
         if self.privacy.privacy_model is not PrivacyModel.NONE:
             require(self.release.noise_multiplier > 0, "a private round without noise")
-        if self.privacy.privacy_model is PrivacyModel.CENTRAL:
-            require(self.local_steps == 1, "several local steps under the central model")
+        if self.privacy.privacy_model in (PrivacyModel.CENTRAL, PrivacyModel.DISTRIBUTED):
+            require(self.local_steps == 1, f"several local steps under the {self.privacy.privacy_model} model")
+        if self.privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+            require(self.privacy.peers > 0 and self.privacy.survivors > 0, "a secure sum without peers or survivors")
         if self.stage is Stage.MOMENTS:
             require(not self._arrays(), "networks or fakes in the moment stage")
             return
@@ -197,19 +202,22 @@ class RoundInstructions:
 class DiscriminatorUpdate:
     """A client's answer.
 
-    vector, float32: in the moment stage the sum of clipped feature vectors, (num_classes or 1) * dim; with one local
+    vector, float32, or masked uint32 where the model is distributed, which are then sums of the following on a lattice, with a noise
+    share, modulo 2^32: in the moment stage the sum of clipped feature vectors, (num_classes or 1) * dim; with one local
     step the sum of the clipped gradients of the real half of the loss, (d,); with several, the mean gradient of both
-    halves along the steps, (d,). head: of the client's ledger, for the coordinator to remember.
+    halves along the steps, (d,). head: of the client's ledger, for the coordinator to remember. place: the client's among the
+    peers of a secure sum, else 0.
     """
 
     run_id: str
     server_round: int
     vector: np.ndarray
     head: Head | None = None
+    place: int = 0
 
     def to_record(self) -> RecordDict:
         """Pack for Flower."""
-        scalars = ConfigRecord({"run_id": self.run_id, "server_round": self.server_round})
+        scalars = ConfigRecord({"run_id": self.run_id, "server_round": self.server_round, "place": self.place})
         if self.head is not None:
             scalars["ledger_head"] = self.head.to_bytes()
         return RecordDict({"update": scalars, "arrays": ArrayRecord({"vector": _pack(self.vector)})})
@@ -218,19 +226,26 @@ class DiscriminatorUpdate:
     def from_record(cls, record: RecordDict, instructions: RoundInstructions, dimension: int) -> Self:
         """Unpack and check against the round that was asked for. Raises MalformedUpdate."""
         scalars, arrays = _records(record, "update", MalformedUpdate)
-        if set(scalars) - {"ledger_head"} != {"run_id", "server_round"} or set(arrays) != {"vector"}:
-            raise MalformedUpdate(f"keys {sorted(scalars)} and {sorted(arrays)}: want run_id, server_round and vector")
+        if set(scalars) - {"ledger_head"} != {"run_id", "server_round", "place"} or set(arrays) != {"vector"}:
+            raise MalformedUpdate(
+                f"keys {sorted(scalars)} and {sorted(arrays)}: want run_id, server_round, place and vector"
+            )
         asked = (instructions.run_id, instructions.server_round)
         if (scalars["run_id"], scalars["server_round"]) != asked:
             raise MalformedUpdate(f"an answer to round {scalars['server_round']!r}, not to round {asked[1]}")
-        vector = _unpack("vector", arrays["vector"], MalformedUpdate, dtype="float32", shape=(dimension,))
+        place = scalars["place"]
+        if type(place) is not int or not 0 <= place <= instructions.privacy.peers:
+            raise MalformedUpdate(f"place {place!r}: there are {instructions.privacy.peers} peers")
+        masked = instructions.privacy.privacy_model is PrivacyModel.DISTRIBUTED
+        dtype = "uint32" if masked else "float32"
+        vector = _unpack("vector", arrays["vector"], MalformedUpdate, dtype=dtype, shape=(dimension,))
         if not np.isfinite(vector).all():
             raise MalformedUpdate("the vector has values that are not finite")
         try:
             head = Head.from_bytes(scalars["ledger_head"]) if "ledger_head" in scalars else None
         except ValueError as error:
             raise MalformedUpdate(str(error)) from error
-        return cls(*asked, vector, head)
+        return cls(*asked, vector, head, place)
 
 
 def witness_of(record: RecordDict) -> list[bytes]:
@@ -251,9 +266,16 @@ def planned_releases(
     privacy: PrivacyConfig, moment_rounds: int, moment_noise_multiplier: float, planned_steps: int
 ) -> list[Release]:
     """The releases of a whole run at one client."""
-    moments = [Release("moments", moment_noise_multiplier, 1.0)] * moment_rounds
-    steps = Release("gradients", privacy.noise_multiplier, privacy.sample_rate, planned_steps)
+    of_moments, of_gradients = _mechanisms(privacy)
+    moments = [Release(of_moments, moment_noise_multiplier, 1.0)] * moment_rounds
+    steps = Release(of_gradients, privacy.noise_multiplier, privacy.sample_rate, planned_steps)
     return [*moments, steps] if planned_steps else moments
+
+
+def _mechanisms(privacy: PrivacyConfig) -> tuple[str, str]:
+    """What a ledger calls the moment release and a gradient step."""
+    secure = "secure-" if privacy.privacy_model is PrivacyModel.DISTRIBUTED else ""
+    return f"{secure}moments", f"{secure}gradients"
 
 
 def _section(name: str, section_type: type, values: dict[str, Any]) -> object:

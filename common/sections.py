@@ -6,6 +6,7 @@ Everything here but `FaceSource` at a real client is **public**: it travels in c
 from dataclasses import dataclass
 
 from common.fields import between, listed, one_of, option, require
+from common.privacy.secret_sharing import honest_shares
 from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.stopping import FIGURES, StopCondition
 
@@ -51,7 +52,9 @@ class PrivacyConfig:
     """
 
     privacy_model: PrivacyModel = option(
-        PrivacyModel.CENTRAL, "who adds the noise: local (each client), central (the coordinator), none (NO PRIVACY)"
+        PrivacyModel.CENTRAL,
+        "who adds the noise: local (each client), distributed (each client a share, under a secure sum), central (the "
+        "coordinator), none (NO PRIVACY)",
     )
     unit: PrivacyUnit = option(PrivacyUnit.PERSON, "who is protected: person (all photographs of one) or image")
     epsilon: float = option(10.0, "privacy budget of the whole run; the noise is calibrated to it")
@@ -61,6 +64,11 @@ class PrivacyConfig:
     sample_rate: float = option(0.1, "probability q with which each unit enters a step (Poisson sampling)")
     expected_batch: float = option(8.0, "declared units in a client's step, the normaliser: about q times its units")
     images_per_person: int = option(4, "photographs drawn of each sampled person")
+    peers: int = option(0, "distributed: clients in the peer set; 0: all simulated ones")
+    survivors: int = option(0, "distributed: clients without which a sum is not opened; 0: four fifths of the peers")
+    colluders: int = option(
+        1, "distributed: clients that may collude with the coordinator; each knows its own noise share"
+    )
 
     def __post_init__(self) -> None:
         one_of(self, "privacy_model", PrivacyModel)
@@ -73,6 +81,24 @@ class PrivacyConfig:
         between(self, ["sample_rate"], 0, 1, open_low=True)
         between(self, ["expected_batch"], 0, 1e9, open_low=True)
         between(self, ["images_per_person"], 1, 1000)
+        between(self, ["peers", "survivors"], 0, 1000)
+        between(self, ["colluders"], 1, 1000)
+        if self.privacy_model is PrivacyModel.DISTRIBUTED and self.peers and self.survivors:
+            least = (self.peers + self.colluders) // 2 + 1
+            least = max(least, self.colluders + 1)
+            require(
+                least <= self.peers,
+                f"peers = {self.peers} with colluders = {self.colluders}: there is no secure sum; use more peers or fewer colluders",
+            )
+            require(
+                least <= self.survivors <= self.peers,
+                f"survivors = {self.survivors} with peers = {self.peers} and colluders = {self.colluders}: use {least} to {self.peers}",
+            )
+
+    @property
+    def noise_shares(self) -> int:
+        """Of the distributed model: noise shares of honest clients that are in every sum that is opened, H."""
+        return honest_shares(self.peers, self.survivors, self.colluders)
 
     @property
     def declared_units(self) -> float:
@@ -150,12 +176,14 @@ class TrainingConfig:
         "", f"end early at NAME<VALUE or NAME>VALUE, NAME one of {', '.join(FIGURES)}; empty: never"
     )
     reference: str = option("", "PUBLIC faces at the coordinator, to which frechet compares; read like --data")
+    deal_rounds: int = option(50, "distributed: rounds for which keys are dealt ahead")
     checkpoint_every: int = option(1, "rounds between checkpoints (more than 1: non-private runs only)")
 
     def __post_init__(self) -> None:
         between(self, ["num_rounds"], 0, 10**7)
         between(self, ["local_steps", "discriminator_steps", "min_clients", "checkpoint_every"], 1, 10**4)
         between(self, ["sample_every"], 1, 10**7)
+        between(self, ["deal_rounds"], 1, 1000)
         between(self, ["generator_batch"], 2, 10**5)
         between(self, ["fake_batch"], 1, 10**5)
         between(self, ["local_lr", "discriminator_lr", "generator_lr"], 0, 10, open_low=True)

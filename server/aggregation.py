@@ -6,8 +6,8 @@ q wherever it is. One unit moves it by at most C; N(0, (sigma C)^2) is added onc
 noised and nothing is added; all is divided by declared constants and by the number of clients that answered, which the
 coordinator sees anyway.
 
-The vectors are added one by one as they arrive: memory does not grow with the cohort. `distributed` will enter here, as
-another way to the same noisy sum.
+The vectors are added one by one as they arrive: memory does not grow with the cohort. Under `distributed` the sum comes
+from `server.secure_exchange`, noised by the clients' shares, and only `declared_mean` is left to do here.
 """
 
 from collections.abc import Iterable
@@ -35,6 +35,12 @@ def average(
     if privacy.privacy_model is PrivacyModel.CENTRAL:
         noise = instructions.moment_noise_multiplier if moments else privacy.noise_multiplier * privacy.max_grad_norm
         total = add_gaussian_noise(total, noise, random)
+    return declared_mean(total, clients, instructions)
+
+
+def declared_mean(total: Tensor, clients: int, instructions: RoundInstructions) -> Tensor:
+    """A sum of `clients` clients' vectors, (d,), over what they are declared to hold: (d,) float32."""
+    privacy, moments = instructions.privacy, instructions.stage is Stage.MOMENTS
     if moments:
         divisor = privacy.declared_units / max(instructions.model.num_classes, 1)
     elif instructions.local_steps == 1:

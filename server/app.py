@@ -11,8 +11,12 @@ from common.config import RunConfig
 from common.errors import ConfigError
 from common.faces.places import absolute, overlap
 from common.fields import Scalar
+from common.messages import Stage
+from common.models.features import RandomFeatures
+from common.models.flat import num_parameters
 from common.privacy.planner import with_noise
 from common.privacy.units import PrivacyModel
+from common.secure_messages import lattice_for
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.coordinator import Observer, coordinate
 from server.exchange import Exchange
@@ -60,7 +64,23 @@ def open_run(
         return state
     if CheckpointStore(directory).path.exists():
         raise ConfigError(f"{directory} holds a run already: continue it with --resume, or give another --name")
-    return CoordinatorState.fresh(with_noise(with_places(config)))
+    state = CoordinatorState.fresh(with_noise(with_places(config)))
+    check_sums(state)
+    return state
+
+
+def check_sums(state: CoordinatorState) -> None:
+    """Raise ConfigError where the secure sum of a distributed run would not fit its 32 bits: before anything is charged."""
+    config = state.config
+    if config.privacy.privacy_model is not PrivacyModel.DISTRIBUTED:
+        return
+    if config.moments.moment_rounds:
+        features = RandomFeatures(config.model.image_size, config.model.channels, config.moments.feature_seed)
+        dimension = features.dim * max(config.model.num_classes, 1)
+        lattice_for(config.privacy, Stage.MOMENTS, config.moments.moment_noise_multiplier, dimension)
+    if config.training.num_rounds:
+        dimension = num_parameters(state.discriminator)
+        lattice_for(config.privacy, Stage.GRADIENTS, config.privacy.noise_multiplier, dimension)
 
 
 def with_places(config: RunConfig) -> RunConfig:

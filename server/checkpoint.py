@@ -38,7 +38,8 @@ class CoordinatorState:
     for each node that was asked, its moment rounds and gradient steps, answered or not, and the last round that it was
     asked. ledger_heads: the last head seen of each client's ledger, by its public key. asked_round: the last round that
     anybody was asked. last: figures of the last round. ended_by: `figure` or `budgets` where the run ended before its
-    last round, and stopped: why. released: what the last round asked, and the noised mean that came of it; not saved.
+    last round, and stopped: why. sums: of the secure sum, what `server.secure_exchange` keeps: public, no client's secret.
+    released: what the last round asked, and the noised mean that came of it; not saved.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class CoordinatorState:
     asked_round: int = 0
     ended_by: str = ""
     stopped: str = ""
+    sums: dict[str, Any] = field(default_factory=dict)
     released: tuple[RoundInstructions, Tensor] | None = None
 
     @classmethod
@@ -117,6 +119,7 @@ _PLAIN = (
     "asked_round",
     "ended_by",
     "stopped",
+    "sums",
 )
 _MODULES = ("generator", "ema", "discriminator")
 _OPTIMIZERS = ("generator_optimizer", "discriminator_optimizer")

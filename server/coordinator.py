@@ -11,12 +11,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from common.device import pick_device
-from common.errors import BudgetsSpent
+from common.errors import BudgetsSpent, CohortTooSmall, RoundVoid
 from common.gradients import fake_mean, to_uint8
 from common.messages import RoundInstructions, Stage
 from common.models.features import RandomFeatures
@@ -25,16 +26,19 @@ from common.models.losses import LOSSES, project_weights
 from common.privacy.planner import planned_steps
 from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
-from server.aggregation import average
+from server.aggregation import average, declared_mean
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.exchange import Exchange
 from server.generator import GeneratorTrainer
 from server.quality import Judge
+from server.secure_exchange import SecureExchange
 
 # Seconds between two checkpoints of the moment stage's fit.
 _FIT_CHECKPOINT_S = 10.0
 # Generator steps of that fit between two looks at the public faces.
 _FIT_MEASURE_STEPS = 100
+# Secure sums in a row that cannot be opened, before the run stops to be resumed.
+_MOST_VOIDS = 5
 
 log = logging.getLogger("visard.server")
 
@@ -63,7 +67,11 @@ def coordinate(
     """
     trainer = GeneratorTrainer(state)
     config = state.config
+    secure = None
+    if config.privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+        secure = SecureExchange(exchange, state.sums, state.ledger_heads, config.training, partial(store.save, state))
     store.save(state)
+    voids = 0
     for server_round in range(state.next_round, state.last_round + 1):
         fit_moments(state, trainer, judge, store, observers)
         if state.stopped:
@@ -72,13 +80,31 @@ def coordinate(
         before = state.rng.get_state()
         instructions = instructions_for(state, server_round, trainer)
         try:
-            gradient = collect(state, exchange, instructions, new_random(state))
+            gradient = collect(state, exchange, instructions, new_random(state), secure)
         except BudgetsSpent as error:
             # Gone on with, it asks for the same round with the same fakes: to answer again costs nobody anything.
             state.rng.set_state(before)
             state.ended_by, state.stopped = "budgets", str(error)
             log.warning("%s", error)
             break
+        except RoundVoid as error:
+            voids += 1
+            if voids == _MOST_VOIDS:
+                raise
+            # Asked again it could never be opened, as its charges and its survivors stand.
+            log.warning("%s", error)
+            if instructions.stage is Stage.MOMENTS:
+                raise CohortTooSmall(
+                    f"{error}. The moment release is lost, and its charges stand: start a new run, with --moment-rounds 0 where the "
+                    "clients' budgets do not hold another"
+                ) from error
+            state.next_round = server_round + 1
+            state.last = {"round": server_round, "stage": str(instructions.stage), "void": str(error)}
+            store.save(state)
+            for observer in observers:
+                observer.round_ended(state)
+            continue
+        voids = 0
         state.released = instructions, gradient
         if instructions.stage is Stage.MOMENTS:
             state.moment_target = gradient.view(max(config.model.num_classes, 1), -1)
@@ -96,6 +122,7 @@ def coordinate(
             "seconds": round(time.monotonic() - began, 4),
             "bytes_down": exchange.bytes_down,
             "bytes_up": exchange.bytes_up,
+            **({} if secure is None else secure.figures(config.privacy)),
             "refusals": dict(exchange.refusals),
             "update_norm": gradient.norm().item(),
         }
@@ -108,6 +135,8 @@ def coordinate(
             observer.round_ended(state)
         if state.stopped:
             break
+    if voids:
+        raise CohortTooSmall(f"the last {voids} rounds are void: --resume ends the run with what it has")
     fit_moments(state, trainer, judge, store, observers)
     store.save(state)
 
@@ -147,9 +176,13 @@ def instructions_for(state: CoordinatorState, server_round: int, trainer: Genera
 
 
 def collect(
-    state: CoordinatorState, exchange: Exchange, instructions: RoundInstructions, random: SecureRandom
+    state: CoordinatorState,
+    exchange: Exchange,
+    instructions: RoundInstructions,
+    random: SecureRandom,
+    secure: SecureExchange | None = None,
 ) -> torch.Tensor:
-    """Ask the connected clients and average their vectors: (d,) float32.
+    """Ask the connected clients and average their vectors: (d,) float32. secure: for the distributed model.
 
     What was asked counts as charged, answered or not.
     """
@@ -159,11 +192,14 @@ def collect(
         dimension = features.dim * max(model.num_classes, 1)
     else:
         dimension = num_parameters(state.discriminator)
-    nodes = exchange.wait_for_clients()
+    nodes = exchange.wait_for_clients(0 if secure is None else secure.least(instructions))
     state.asked_round = instructions.server_round
     if instructions.privacy.privacy_model is not PrivacyModel.NONE:
         for node in nodes:
             note_charged(state, instructions, node)
+    if secure is not None:
+        total = secure.collect(instructions, nodes, dimension, state.last_round - instructions.server_round + 1)
+        return declared_mean(total, secure.survivors, instructions)
     updates = exchange.collect(instructions, nodes, dimension, state.ledger_heads)
     return average(updates, instructions, dimension, random)
 

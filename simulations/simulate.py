@@ -13,9 +13,9 @@ from flwr.app import UserConfigValue
 from flwr.clientapp import ClientApp
 
 from client.app import app as shipped_client_app
-from client.simulated import simulated_limits
+from client.simulated import simulated_limits, simulated_peers
 from common.config import RunConfig
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.faces import FaceDataset, load_faces
 from common.fields import Scalar
 from common.privacy.accounting import tight_epsilon_of
@@ -73,7 +73,7 @@ def simulate(
     """
     owners = directory.absolute() / "clients"
     with dealt_out(faces, state.config) as files:
-        node_configs = [owner_config(state.config, file, owners / file.stem) for file in files]
+        node_configs = owner_configs(state.config, files, owners)
         picture = run(InProcessGrid(client_app, node_configs), state, directory, observers)
     return Outcome(state, picture, close_ledgers(directory, state.config))
 
@@ -113,6 +113,14 @@ def owner_config(config: RunConfig, data: Path, state_dir: Path) -> dict[str, Us
     return {"data": str(data), "state-dir": str(state_dir), **simulated_limits(config.to_flat())}
 
 
+def owner_configs(config: RunConfig, files: Sequence[Path], owners: Path) -> list[dict[str, UserConfigValue]]:
+    """What the owners of these faces set, each with its state in a folder of `owners` named after its file."""
+    if config.privacy.privacy_model is PrivacyModel.DISTRIBUTED and config.privacy.peers != len(files):
+        raise ConfigError(f"peers = {config.privacy.peers} and {len(files)} clients are simulated: leave peers out")
+    peers = simulated_peers(config.to_flat(), [owners / file.stem for file in files])
+    return [{**owner_config(config, file, owners / file.stem), **peers} for file in files]
+
+
 def close_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
     """Epsilon that each simulated client's own ledger holds, and the same releases by PRV; none in a run without privacy.
 
@@ -123,7 +131,7 @@ def close_ledgers(directory: Path, config: RunConfig) -> list[tuple[float, float
         return []
     found = []
     tight: dict[tuple[object, ...], float] = {}
-    for client in sorted((directory / "clients").iterdir()):
+    for client in sorted((directory / "clients").glob("*/")):
         ledger = Ledger(client, max_epsilon=privacy.epsilon, delta=privacy.delta)
         ledger.forget_reply()
         releases = tuple(sorted(ledger.releases))

@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.app import create_app
+from client.simulated import simulated_peers
 from common.config import RunConfig
 from common.faces import FaceDataset
 from common.fields import Scalar
@@ -84,12 +85,14 @@ def keyed_coordinator(state: CoordinatorState) -> SecureRandom:
 def node_configs(folder: Path, config: RunConfig, shares: Sequence[FaceDataset]) -> list[dict[str, Scalar]]:
     """What the owner of each share sets. Faces and ledgers are kept in `folder`."""
     (folder / "faces").mkdir(parents=True, exist_ok=True)
+    owners = [folder / "clients" / f"{number:04d}" for number in range(len(shares))]
+    peers = simulated_peers(config.to_flat(), owners)
     found = []
-    for number, share in enumerate(shares):
-        path = folder / "faces" / f"{number:04d}.npz"
+    for owner, share in zip(owners, shares, strict=True):
+        path = folder / "faces" / f"{owner.name}.npz"
         if not path.exists():
             share.save(path)
-        found.append(dict(owner_config(config, path, folder / "clients" / f"{number:04d}")))
+        found.append({**owner_config(config, path, owner), **peers})
     return found  # type: ignore[return-value]
 
 

@@ -38,7 +38,9 @@ class Release:
     """One round's worth of releases at one client.
 
     mechanism: `gradients` (the noised sum of clipped gradients) or `moments` (the noised sum of clipped feature
-    vectors). The meaning of a name never changes; a new mechanism gets a new name.
+    vectors); with `secure-` before it, a share of the noise under a secure sum, whose price is the same but for less than
+    what is rounded up here (`common.privacy.distributed_accounting`), and holds for the sum. The meaning of a name never
+    changes; a new mechanism gets a new name.
     """
 
     mechanism: str
@@ -47,7 +49,7 @@ class Release:
     steps: int = 1
 
 
-MECHANISMS = ("gradients", "moments")
+MECHANISMS = ("gradients", "moments", "secure-gradients", "secure-moments")
 
 
 @lru_cache(maxsize=4096)

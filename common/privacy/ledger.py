@@ -209,6 +209,22 @@ class Ledger:
             digest = hashlib.sha256(reply).hexdigest()
             self._file.append({"type": "released", "run": run_id, "round": server_round, "reply": digest})
 
+    def unmask(self, run_id: str, server_round: int, request: str) -> None:
+        """Note, before it happens, that this client helps to open a round's secure sum. `request`: the request's digest.
+
+        Raises PrivacyError for a round that was not answered, and for a second request that is another.
+        """
+        with self._file.locked():
+            state, key = self._state, (run_id, server_round)
+            self._refuse_rolled_back()
+            if key not in state.released:
+                raise PrivacyError(f"round {server_round} was not answered here: there is nothing of it to unmask")
+            known = state.unmasked.get(key)
+            if known is None:
+                self._file.append({"type": "unmasked", "run": run_id, "round": server_round, "request": request})
+            elif known != request:
+                raise PrivacyError(f"round {server_round} was unmasked for another request; a round is opened once")
+
     def _refuse_rolled_back(self) -> None:
         if self._state.rolled_back:
             raise LedgerCorrupt(

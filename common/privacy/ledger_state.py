@@ -5,6 +5,7 @@
     {"type": "charged", "run": ..., "round": 7, "mechanism": "gradients", "noise_multiplier": ..., "sample_rate": ..., "steps": 1,
      "instructions": SHA-256 of what was asked, "order": 3.2, "delta": 1e-05, "rdp": the running total at that order}
     {"type": "released", "run": ..., "round": 7, "reply": SHA-256 of what was answered}
+    {"type": "unmasked", "run": ..., "round": 7, "request": SHA-256 of whose vectors the secure sum holds}
     {"type": "unprotected", "run": ...}    a run that the owner allowed to see these faces without any privacy
     {"type": "rolled-back", "head": ...}   a witness showed a head of this ledger that is not on its chain: nothing follows
 
@@ -26,8 +27,9 @@ class LedgerState:
     owner protects; a person's promise cannot hold over charges that were for single images.
 
     order: the RDP order, fixed at the first charge. rdp: the running total there, rounded up. charged: digest of the
-    instructions of each (run, round). released: digest of its reply. releases: every charge, in order. unprotected: the
-    first run without privacy, or empty. rolled_back: records are missing, as a witness showed.
+    instructions of each (run, round). released: digest of its reply. unmasked: of the request to open its sum. releases:
+    every charge, in order. unprotected: the first run without privacy, or empty. rolled_back: records are missing, as a
+    witness showed.
     """
 
     def __init__(self, delta: float | None = None, unit: PrivacyUnit = PrivacyUnit.IMAGE) -> None:
@@ -37,6 +39,7 @@ class LedgerState:
         self.rdp = 0.0
         self.charged: dict[tuple[str, int], str] = {}
         self.released: dict[tuple[str, int], str] = {}
+        self.unmasked: dict[tuple[str, int], str] = {}
         self.releases: list[Release] = []
         self.unprotected = ""
         self.rolled_back = False
@@ -107,6 +110,12 @@ class LedgerState:
             raise ValueError(f"round {key[1]} was not charged, or was answered twice")
         self.released[key] = str(record["reply"])
 
+    def _unmask(self, record: dict[str, Any]) -> None:
+        key = _round_of(record)
+        if key not in self.released or key in self.unmasked:
+            raise ValueError(f"round {key[1]} was not answered, or was unmasked twice")
+        self.unmasked[key] = str(record["request"])
+
 
 def total_after(rdp: float, release: Release, order: float) -> float:
     """The running total once a release is added to it, rounded up."""
@@ -135,4 +144,5 @@ _TAKERS = {
     "rolled-back": LedgerState._roll_back,
     "charged": LedgerState._charge,
     "released": LedgerState._release,
+    "unmasked": LedgerState._unmask,
 }

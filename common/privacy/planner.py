@@ -1,11 +1,13 @@
 """From a budget to a noise: what a run's schedule costs."""
 
 import dataclasses
+import math
 
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.messages import planned_releases
 from common.privacy.accounting import Release, calibrate_noise_multiplier, epsilon_of
+from common.privacy.masks import MAX_DEALT
 from common.privacy.units import PrivacyModel
 
 
@@ -24,11 +26,33 @@ def run_releases(config: RunConfig) -> list[Release]:
     )
 
 
+def with_cohort(config: RunConfig) -> RunConfig:
+    """The configuration with the peers and survivors of a distributed run, where they were left open.
+
+    Raises ConfigError where they do not fit.
+    """
+    privacy = config.privacy
+    if privacy.privacy_model is not PrivacyModel.DISTRIBUTED:
+        return config
+    peers = privacy.peers or config.simulation.num_clients
+    survivors = privacy.survivors or max(math.ceil(0.8 * peers), (peers + privacy.colluders) // 2 + 1)
+    config = dataclasses.replace(config, privacy=dataclasses.replace(privacy, peers=peers, survivors=survivors))
+    if config.training.min_clients > survivors:
+        raise ConfigError(
+            f"min-clients = {config.training.min_clients} and survivors = {survivors}: a sum is opened with survivors; raise survivors"
+        )
+    rounds = min(config.training.deal_rounds, config.moments.moment_rounds + config.training.num_rounds)
+    if peers**2 * rounds > MAX_DEALT:
+        raise ConfigError(f"deal-rounds = {rounds} with {peers} peers: use {MAX_DEALT // peers**2} or fewer")
+    return config
+
+
 def with_noise(config: RunConfig) -> RunConfig:
-    """The configuration with the noise multiplier that its epsilon, delta and schedule ask for.
+    """The configuration with the noise multiplier that its epsilon, delta and schedule ask for, and with its cohort.
 
     A noise multiplier that is given is kept, and checked. Raises ConfigError where the budget cannot hold the schedule.
     """
+    config = with_cohort(config)
     privacy, moments = config.privacy, config.moments
     if privacy.privacy_model is PrivacyModel.NONE:
         return dataclasses.replace(config, privacy=dataclasses.replace(privacy, noise_multiplier=0.0))
@@ -54,6 +78,7 @@ def promise(config: RunConfig) -> str:
         return "NO PRIVACY: gradients of faces are shared as they are. For public data only."
     trust = {
         PrivacyModel.LOCAL: "against the coordinator and everyone else",
+        PrivacyModel.DISTRIBUTED: f"against the coordinator and any {privacy.colluders} of {privacy.peers} clients together",
         PrivacyModel.CENTRAL: "against whoever sees what the coordinator releases; the coordinator is trusted",
     }[privacy.privacy_model]
     return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each {privacy.unit}, {trust}"

@@ -17,10 +17,12 @@ class PrivacyUnit(StrEnum):
 class PrivacyModel(StrEnum):
     """Against whom the promise holds.
 
-    LOCAL: each client adds the full noise; nobody is trusted. CENTRAL: the coordinator adds it and is trusted; for baselines.
-    NONE: no noise, no promise; for baselines on public data only.
+    LOCAL: each client adds the full noise; nobody is trusted. DISTRIBUTED: each adds a share, and the coordinator learns only
+    the sum; it may collude with some clients. CENTRAL: the coordinator adds the noise and is trusted; for baselines. NONE:
+    no noise, no promise; for baselines on public data only.
     """
 
     LOCAL = "local"
+    DISTRIBUTED = "distributed"
     CENTRAL = "central"
     NONE = "none"

@@ -93,7 +93,7 @@ def test_spent_clients_leave_and_too_few_end_the_run(tmp_path: Path) -> None:
     refusing = [line["round"] for line in lines if line["refusals"]]
     assert refusing == [3]
     assert lines[2]["refusals"] == {"BudgetExhausted": 1}
-    assert "2 clients have spent their budgets, 1 are left and min-clients is 2" in state.stopped
+    assert "2 clients have spent their budgets, 1 are left and 2 are needed" in state.stopped
     # The last round was answered by one, and is void: its charge is in the coordinator's figures all the same.
     assert state.asked_round == state.next_round == len(lines) + 1
     spent = epsilon_so_far(state)

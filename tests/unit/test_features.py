@@ -114,3 +114,12 @@ def test_length_is_where_the_kernel_falls_to_exp_minus_half() -> None:
     other = one + 2 * 0.183 * step / step.square().mean().sqrt()  # [-1, 1] is twice as wide as [0, 1]
     features = RandomFeatures(28, 1, seed=0, groups=(Group(28, 1, 4000, 0.183),))
     assert float((features(one) * features(other)).sum()) == pytest.approx(math.exp(-0.5), abs=0.05)
+
+
+@pytest.mark.parametrize("size", [28, 32, 64, 128])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_entry_passes_a_sixty_fourth(size: int, channels: int) -> None:
+    """The range of a secure sum of features rests on it (`common.secure_messages`)."""
+    features = RandomFeatures(size, channels, seed=3)
+    images = torch.stack([torch.full((channels, size, size), value) for value in (-1.0, 0.0, 1.0)])
+    assert float(features(images).abs().max()) <= 1 / 64
