@@ -7,8 +7,8 @@ The noise. At one sigma all four models cost a unit the same epsilon; they diffe
 noise on the sum that training sees. In multiples of a trusted curator's sigma C (the *noise factor* f):
 
     central      1              the coordinator adds N(0, (sigma C)^2) once
-    distributed  sqrt(K / H)    each client adds a share of variance (sigma C)^2 / H, and all K answer; H = t - c for t
-                                survivors at least and c colluding clients (each client knows at least its own share)
+    distributed  sqrt(K / H)    each client adds a share of variance (sigma C)^2 / H, and all K answer; H honest shares are
+                                in every sum that is opened, `honest_shares` of K peers, t survivors and c colluders
     local        sqrt(K)        each client adds N(0, (sigma C)^2): K independent ones
     alone        K              one client: the noise of `central`, on N / K units instead of N
 
@@ -19,24 +19,19 @@ The moment release sums N / k vectors of norm 1 for each of k classes, noised in
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-
-import torch
 
 from common.config import RunConfig
 from common.errors import ConfigError
-from common.models.discriminators import DISCRIMINATORS
-from common.models.features import RandomFeatures
-from common.models.flat import num_parameters
 from common.privacy.accounting import tight_epsilon_of
-from common.sections import ModelConfig
 from simulations.plan_budget import Schedule
+from simulations.plan_bytes import Traffic, traffic_of
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, MODELS, Question
+from simulations.plan_range import check_range
+from simulations.plan_sizes import count_parameters, feature_dimension, feature_rows
 from simulations.plan_verdict import Judgement, judge
 
 # PRV takes minutes where epsilon is so large that nobody asks.
 _MAX_PRV_EPSILON = 30.0
-FLOAT_BYTES, LABEL_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
@@ -61,17 +56,14 @@ class ModelPlan:
     """The figures of one privacy model at the plan's noise multiplier.
 
     equal_noise_epsilon: what the noise of the plan's own model, on the mean update and on the moments, would cost a unit
-    under this one (infinite: no promise). bytes_down, bytes_up: of one client in an adversarial round, masks and shares of a
-    secure sum not counted. moment_bytes_up: in the moment round.
+    under this one (infinite: no promise).
     """
 
     model: str
     noise_factor: float
     signals: Signals
     equal_noise_epsilon: float
-    bytes_down: int
-    bytes_up: int
-    moment_bytes_up: int
+    traffic: Traffic
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ class Plan:
 def make_plan(question: Question, *, tight: bool = True) -> Plan:
     """Compute what is missing, and what it means under each model.
 
-    tight: also PRV, which takes up to half a second. Raises ConfigError where no run would fit the budget.
+    tight: also PRV, which takes up to half a second. Raises ConfigError where no run would fit the budget, or a secure sum.
     """
     config, schedule = question.config, schedule_of(question.config)
     privacy = config.privacy
@@ -134,6 +126,7 @@ def make_plan(question: Question, *, tight: bool = True) -> Plan:
     tight_epsilon = None
     if tight and epsilon <= _MAX_PRV_EPSILON:
         tight_epsilon = tight_epsilon_of(schedule.releases(noise, rounds), privacy.delta)
+    no_sum = _no_sum(question, noise, rounds)
     models: dict[str, ModelPlan] = {}
     plan = Plan(
         question,
@@ -145,10 +138,10 @@ def make_plan(question: Question, *, tight: bool = True) -> Plan:
         count_parameters(config.model),
         feature_dimension(config.model),
         models,
-        _notes(question, rounds),
+        _notes(question, rounds, no_sum),
     )
     for model in MODELS:
-        if model != DISTRIBUTED or question.honest:
+        if model != DISTRIBUTED or not no_sum:
             models[model] = _model_plan(plan, model)
     return plan
 
@@ -157,7 +150,7 @@ def noise_factor(question: Question, model: str) -> float:
     """Noise on the sum over that of a trusted curator of all units."""
     clients = question.clients
     if model == DISTRIBUTED:
-        return math.sqrt(clients / question.honest)
+        return math.sqrt(clients / question.noise_shares)
     return {CENTRAL: 1.0, LOCAL: math.sqrt(clients), ALONE: float(clients)}[model]
 
 
@@ -166,30 +159,6 @@ def schedule_of(config: RunConfig, share: float = 1.0) -> Schedule:
     moments = config.moments
     moment_noise = share * moments.moment_noise_multiplier if moments.moment_rounds else None
     return Schedule(config.privacy.delta, config.privacy.sample_rate, config.training.local_steps, moment_noise)
-
-
-@lru_cache(maxsize=64)
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of the discriminator, counted without making any."""
-    with torch.device("meta"):
-        return num_parameters(
-            DISCRIMINATORS[model.discriminator](
-                image_size=model.image_size,
-                channels=model.channels,
-                num_classes=model.num_classes,
-                width=model.discriminator_width,
-            )
-        )
-
-
-def feature_dimension(model: ModelConfig) -> int:
-    """Entries of the moment release, a class."""
-    return _dimension(model.image_size, model.channels)
-
-
-@lru_cache(maxsize=8)
-def _dimension(image_size: int, channels: int) -> int:
-    return RandomFeatures(image_size, channels, seed=0).dim
 
 
 def signals_of(question: Question, model: str, noise: float, rounds: int) -> Signals:
@@ -201,36 +170,39 @@ def signals_of(question: Question, model: str, noise: float, rounds: int) -> Sig
         update_snr = question.batch / (factor * noise * math.sqrt(count_parameters(config.model)))
     if config.moments.moment_rounds:
         spread = factor * config.moments.moment_noise_multiplier * math.sqrt(feature_dimension(config.model))
-        moment_snr = question.persons / (max(config.model.num_classes, 1) * spread)
+        moment_snr = question.persons / (feature_rows(config.model) * spread)
     return Signals(mean_noise, update_snr, moment_snr)
 
 
 def _model_plan(plan: Plan, model: str) -> ModelPlan:
-    question, config = plan.question, plan.question.config
+    question = plan.question
     signals = signals_of(question, model, plan.noise_multiplier, plan.rounds)
-    gradient = fakes = moments = 0
-    if model != ALONE:  # its own coordinator
-        gradient = FLOAT_BYTES * plan.parameters if plan.rounds else 0
-        rows = max(config.model.num_classes, 1) if config.moments.moment_rounds else 0
-        moments = FLOAT_BYTES * plan.dimension * rows
-    if gradient and config.training.local_steps > 1:
-        image = config.model.channels * config.model.image_size**2 + (LABEL_BYTES if config.model.num_classes else 0)
-        fakes = config.training.local_steps * config.training.fake_batch * image
     equal = plan.epsilon_after(model, plan.rounds)
-    return ModelPlan(model, noise_factor(question, model), signals, equal, gradient + fakes, gradient, moments)
+    return ModelPlan(model, noise_factor(question, model), signals, equal, traffic_of(question, model, plan.rounds))
 
 
-def _notes(question: Question, rounds: int) -> list[str]:
-    config = question.config
+def _no_sum(question: Question, noise: float, rounds: int) -> str:
+    """Why there is no distributed run; empty where there is. Raises ConfigError where that is what was asked for."""
+    try:
+        check_range(question, noise, rounds)
+    except ConfigError as error:
+        if question.model == DISTRIBUTED:
+            raise
+        return str(error)
+    return ""
+
+
+def _notes(question: Question, rounds: int, no_sum: str) -> list[str]:
+    config, cohort = question.config, question.cohort
     notes = []
-    if question.honest:
+    if cohort and not no_sum:
         notes.append(
-            "distributed cannot be trained yet: it is a later addition. Its figures are of all "
-            f"{question.clients} clients answering, its promise of {question.survivors} at least, against the coordinator and any "
-            f"{question.colluding} of them"
+            f"distributed holds against the coordinator and any {cohort.colluders} of the {cohort.peers} clients together, as no sum "
+            f"is opened without {cohort.survivors} survivors and {cohort.noise_shares} honest noise shares; its figures are of all "
+            f"{cohort.peers} clients answering"
         )
     else:
-        notes.append("distributed takes two clients or more")
+        notes.append(f"no distributed run: {no_sum}")
     if rounds and config.moments.moment_rounds:
         notes.append(
             "the verdict rests on the moment release: adversarial rounds have not been seen to help at these sizes yet"

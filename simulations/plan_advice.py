@@ -1,15 +1,16 @@
 """What would help a plan, each with what it would do. Its budget is held; the noise follows."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from common.errors import ConfigError
 from common.fields import Scalar
+from common.privacy.units import PrivacyModel
 from simulations.plan import Plan, schedule_of, signals_of
 from simulations.plan_budget import least_moment_noise
 from simulations.plan_question import DISTRIBUTED, LOCAL, Question, changed
+from simulations.plan_range import check_range
 from simulations.plan_verdict import THRESHOLDS, Verdict
 from simulations.plan_words import number
 
@@ -42,7 +43,7 @@ def suggest(plan: Plan) -> list[Suggestion]:
     for candidate in CANDIDATES:
         try:
             suggested = candidate(plan, held)
-        except ConfigError:  # out of range, or not within the budget
+        except ConfigError:  # out of range, not within the budget, or no secure sum
             continue
         if suggested is not None and _helps(plan, suggested):
             found.append(suggested)
@@ -67,10 +68,10 @@ def _more_persons(plan: Plan, held: Question) -> Suggestion | None:
 
 
 def _distributed(plan: Plan, held: Question) -> Suggestion | None:
-    if held.model != LOCAL or not held.honest or held.config.training.local_steps > 1:
+    if held.model != LOCAL or DISTRIBUTED not in plan.models:
         return None
-    other = dataclasses.replace(held, model=DISTRIBUTED)
-    return _told(plan, other, "distributed in place of local (not trainable yet)", {"privacy-model": DISTRIBUTED})
+    other = changed(held, privacy={"privacy_model": PrivacyModel.DISTRIBUTED})
+    return _told(plan, other, "distributed in place of local", {"privacy-model": DISTRIBUTED})
 
 
 def _moments_only(plan: Plan, held: Question) -> Suggestion | None:
@@ -114,6 +115,8 @@ def _told(plan: Plan, other: Question, change: str, options: Mapping[str, Scalar
     """What the change does to the moment release or, where it leaves that as it is, to the update; None: nothing."""
     rounds = other.config.training.num_rounds
     noise = schedule_of(other.config).least_noise(plan.budget, rounds)
+    if other.model == DISTRIBUTED:
+        check_range(other, noise, rounds)
     before, after = plan.chosen.signals, signals_of(other, other.model, noise, rounds)
     figures = (("moments", before.moment_snr, after.moment_snr), ("update", before.update_snr, after.update_snr))
     for figure, was, becomes in figures:

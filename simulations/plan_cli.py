@@ -31,16 +31,6 @@ def _plan(
     batch: Annotated[
         float | None, typer.Option(help="Units of all clients in a step, in place of --expected-batch")
     ] = None,
-    survivors: Annotated[
-        int | None,
-        typer.Option(
-            help="distributed: least number of clients for which a sum is released", show_default="two thirds"
-        ),
-    ] = None,
-    colluding: Annotated[
-        int | None,
-        typer.Option(help="distributed: clients assumed to collude with the coordinator", show_default="1"),
-    ] = None,
     out: Annotated[Path | None, typer.Option(help="Draw epsilon against rounds to this PNG")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else")] = False,
     overrides: dict[str, Any] | None = None,
@@ -53,12 +43,10 @@ def _plan(
 
     Of --persons, --batch and --sample-rate any two give the third.
     --persons alone keeps the sample rate; --batch alone keeps the persons and changes the sample rate.
-
-    --privacy-model takes distributed as well, which cannot be trained yet.
     """
     from simulations.plan_question import Asked, ask
 
-    question = ask(recipe, overrides or {}, Asked(persons, batch, survivors, colluding))
+    question = ask(recipe, overrides or {}, Asked(persons, batch))
     from simulations.plan import make_plan
     from simulations.plan_advice import suggest
 
@@ -87,8 +75,7 @@ def _plan(
         console.print(f"- {_line(suggestion)}", highlight=False, markup=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
-    if command := run_command(plan):
-        console.print(f"run it: {shlex.join(command)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"run it: {shlex.join(run_command(plan))}", highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         console.print(f"picture: {out}", highlight=False, markup=False, soft_wrap=True)
 
@@ -110,8 +97,9 @@ def as_dict(plan: "Plan", suggestions: list["Suggestion"]) -> dict[str, Any]:
         "expected_batch": config.privacy.expected_batch,
         "sample_rate": config.privacy.sample_rate,
         "delta": config.privacy.delta,
-        "survivors": question.survivors,
-        "colluding": question.colluding,
+        "survivors": question.cohort.survivors if question.cohort else None,
+        "colluders": question.cohort.colluders if question.cohort else None,
+        "noise_shares": question.noise_shares or None,
         "solved": question.solved,
         "budget": plan.budget,
         "epsilon": plan.epsilon,
@@ -144,12 +132,8 @@ def as_dict(plan: "Plan", suggestions: list["Suggestion"]) -> dict[str, Any]:
 
 
 def run_command(plan: "Plan") -> list[str]:
-    """The command that runs the plan; none where no run can do it yet."""
-    from simulations.plan_question import DISTRIBUTED
-
+    """The command that runs the plan."""
     question = plan.question
-    if question.model == DISTRIBUTED:
-        return []
     options = dict(question.options)
     if question.solved == "rounds":
         options["num-rounds"] = plan.rounds
@@ -164,7 +148,6 @@ def run_command(plan: "Plan") -> list[str]:
 
 def _model_dict(model: "ModelPlan") -> dict[str, Any]:
     return {
-        "trainable": model.model != "distributed",
         "noise_factor": model.noise_factor,
         "mean_noise": model.signals.mean_noise,
         "update_snr": model.signals.update_snr,
@@ -172,9 +155,12 @@ def _model_dict(model: "ModelPlan") -> dict[str, Any]:
         "verdict": str(model.signals.judgement.verdict),
         "because": model.signals.judgement.because,
         "equal_noise_epsilon": _finite(model.equal_noise_epsilon),
-        "bytes_down": model.bytes_down,
-        "bytes_up": model.bytes_up,
-        "moment_bytes_up": model.moment_bytes_up,
+        "bytes_down": model.traffic.down,
+        "bytes_up": model.traffic.up,
+        "moment_bytes_up": model.traffic.moments_up,
+        "dealt_rounds": model.traffic.dealt_rounds,
+        "dealt_bytes": model.traffic.dealt,
+        "unmasking_bytes": model.traffic.unmasking,
     }
 
 
@@ -225,10 +211,12 @@ def _models_table(plan: "Plan") -> Table:
     verdicts = [model.signals.judgement.verdict for model in models]
     table.add_row("verdict", *(f"[{COLOURS[verdict]}]{verdict}[/]" for verdict in verdicts))
     table.add_row("epsilon at equal noise", *(_epsilon(model.equal_noise_epsilon) for model in models))
+    dealt = max(model.traffic.dealt_rounds for model in models)
     for label, counts in (
-        ("a client's round, down", [model.bytes_down for model in models]),
-        ("a client's round, up", [model.bytes_up for model in models]),
-        ("a client's moments, up", [model.moment_bytes_up for model in models]),
+        ("a client's round, down", [model.traffic.down for model in models]),
+        ("a client's round, up", [model.traffic.up for model in models]),
+        ("a client's moments, up", [model.traffic.moments_up for model in models]),
+        (f"a client's keys, {dealt} rounds", [model.traffic.keys for model in models]),
     ):
         if any(counts):
             table.add_row(label, *(_bytes(count) for count in counts))

@@ -16,6 +16,8 @@ Persons, batch and sample rate: a client's expected batch is the sample rate tim
 what they mean in a run: --sample-rate and --expected-batch leave each other as they are, and the persons are declared by
 the two. --persons N keeps the sample rate, and the batch follows; --batch B keeps the persons, and the sample rate
 follows; of any two that are given the third follows; all three are refused.
+
+Peers, survivors and colluders are a run's own, under whatever model is planned: with them `distributed` is told beside it.
 """
 
 import dataclasses
@@ -26,7 +28,9 @@ from dataclasses import dataclass
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.fields import Scalar
+from common.privacy.planner import with_cohort
 from common.privacy.units import PrivacyModel, PrivacyUnit
+from common.sections import PrivacyConfig
 from simulations.recipe import load_recipe
 
 LOCAL, DISTRIBUTED, CENTRAL, ALONE = "local", "distributed", "central", "alone"
@@ -40,26 +44,28 @@ class Asked:
 
     persons: float | None = None
     batch: float | None = None
-    survivors: int | None = None
-    colluding: int | None = None
 
 
 @dataclass(frozen=True)
 class Question:
     """A plan's question, resolved.
 
-    config: with the sample rate and expected batch of the plan; what `solved` names in it is void. model: LOCAL,
-    DISTRIBUTED or CENTRAL. honest: H, survivors less colluding clients; 0 where one client is all there is. options: those
-    of the command line that a run takes.
+    config: with the sample rate and expected batch of the plan; what `solved` names in it is void. options: those of the
+    command line that a run takes. cohort: the privacy of a distributed run of these clients, with its survivors; None where
+    such a run cannot be, and no_cohort says why.
     """
 
     recipe: str
     config: RunConfig
     options: Mapping[str, Scalar]
-    model: str
     solved: str
-    survivors: int
-    colluding: int
+    cohort: PrivacyConfig | None
+    no_cohort: str = ""
+
+    @property
+    def model(self) -> str:
+        """LOCAL, DISTRIBUTED or CENTRAL."""
+        return str(self.config.privacy.privacy_model)
 
     @property
     def clients(self) -> int:
@@ -77,9 +83,9 @@ class Question:
         return self.config.privacy.declared_units * self.clients
 
     @property
-    def honest(self) -> int:
-        """H: honest survivors at least, whose noise nobody else knows."""
-        return self.survivors - self.colluding
+    def noise_shares(self) -> int:
+        """H: honest clients' noise shares in every sum that is opened; 0 where there is no distributed run."""
+        return self.cohort.noise_shares if self.cohort else 0
 
     @property
     def units(self) -> str:
@@ -93,20 +99,20 @@ def ask(recipe: str, overrides: Mapping[str, Scalar], asked: Asked) -> Question:
     Raises ConfigError for what cannot be combined, and where there is no privacy to plan.
     """
     options = {key: value for key, value in overrides.items() if (key, value) != ("noise-multiplier", 0.0)}
-    model = options.get("privacy-model")
-    # A run does not know `distributed` yet; what else it checks is the same for `central`.
-    loaded = load_recipe(recipe, {**options, "privacy-model": CENTRAL} if model == DISTRIBUTED else options)
+    loaded = load_recipe(recipe, options)
     if loaded.privacy.privacy_model is PrivacyModel.NONE:
         raise ConfigError(
             f"privacy-model = none in {recipe}: there is nothing to compute; give --privacy-model local, distributed or central"
         )
     solved = _solved(options, loaded)
     config = _with_units(loaded, options, asked)
-    survivors, colluding = _survivors(config.simulation.num_clients, asked)
-    chosen = str(model or config.privacy.privacy_model)
-    if chosen == DISTRIBUTED and survivors == colluding:
-        raise ConfigError("privacy-model = distributed with num-clients = 1: it takes two clients or more")
-    privacy = config.privacy
+    privacy, cohort, no_cohort = config.privacy, None, ""
+    try:
+        cohort = _cohort(config)
+    except ConfigError as error:
+        if privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+            raise
+        no_cohort = str(error)
     # What the run of this plan is told, beside its recipe; the plan's result is added.
     for key, value, before in (
         ("sample-rate", privacy.sample_rate, loaded.privacy.sample_rate),
@@ -114,7 +120,7 @@ def ask(recipe: str, overrides: Mapping[str, Scalar], asked: Asked) -> Question:
     ):
         if value != before:
             options[key] = value
-    return Question(recipe, config, options, chosen, solved, survivors, colluding)
+    return Question(recipe, config, options, solved, cohort, no_cohort)
 
 
 def changed(question: Question, **sections: Mapping[str, object]) -> Question:
@@ -168,16 +174,16 @@ def _with_units(loaded: RunConfig, options: Mapping[str, Scalar], asked: Asked) 
     return dataclasses.replace(loaded, privacy=changed_privacy)
 
 
-def _survivors(clients: int, asked: Asked) -> tuple[int, int]:
-    """t and c. Defaults: c = 1, t two thirds of the clients, or as many as 2 t > n + c asks for where that is more."""
-    if clients == 1 and asked.survivors is None and asked.colluding is None:
-        return 1, 1
-    colluding = 1 if asked.colluding is None else asked.colluding
-    least = (clients + colluding) // 2 + 1
-    survivors = max(math.ceil(2 * clients / 3), least) if asked.survivors is None else asked.survivors
-    if not (colluding >= 1 and least <= survivors <= clients):
+def _cohort(config: RunConfig) -> PrivacyConfig:
+    """The privacy of a distributed run of all clients. Raises ConfigError where there is none."""
+    clients, peers = config.simulation.num_clients, config.privacy.peers
+    if clients == 1:
+        raise ConfigError("privacy-model = distributed with num-clients = 1: it takes two clients or more")
+    if peers not in (0, clients):
         raise ConfigError(
-            f"survivors = {survivors} and colluding = {colluding} of {clients} clients: colluding is 1 or more, survivors over "
-            f"half of clients and colluding together ({least} or more) and at most {clients}"
+            f"peers = {peers} and num-clients = {clients}: a plan is of all peers; give num-clients {peers}, or leave peers at 0"
         )
-    return survivors, colluding
+    privacy = dataclasses.replace(config.privacy, privacy_model=PrivacyModel.DISTRIBUTED)
+    # Several local steps are refused to `distributed`; beside `local`, a plan tells what one step would be.
+    training = dataclasses.replace(config.training, local_steps=1)
+    return with_cohort(dataclasses.replace(config, privacy=privacy, training=training)).privacy

@@ -31,10 +31,11 @@ def test_a_recipe_s_plan(run: Terminal, tmp_path: Path) -> None:
     assert cells(out, "who is trusted") == ["nobody", "clients", "coordinator", "itself"]
     assert cells(out, "verdict") == ["good", "good", "good", "marginal"]
     assert len(set(cells(out, "epsilon  "))) == 1
-    assert [float(cell) for cell in cells(out, "s/n of the moments")] == [5.21, 12.8, 16.5, 1.65]
+    assert [float(cell) for cell in cells(out, "s/n of the moments")] == [5.21, 13.8, 16.5, 1.65]
     assert "central: good (" in out
     assert "plainly faces" in out
-    assert "distributed cannot be trained yet" in out
+    assert cells(out, "a client's keys, 50 rounds") == ["0 kB", "97 kB", "0 kB", "0 kB"]
+    assert "distributed holds against the coordinator and any 1 of the 10 clients" in out
     assert "adversarial rounds have not been seen to help" in out
     assert 1 <= sum(line.startswith("- ") for line in out.splitlines()) <= 5
     assert out.splitlines()[-1] == "run it: visard simulate lfw"
@@ -51,16 +52,48 @@ def test_the_command_that_is_told_runs_that_plan(run: Terminal) -> None:
     assert (words[words.index("--epsilon") + 1], words[words.index("--expected-batch") + 1]) == ("9", "12")
     code, out, err = run("plan", "lfw", *given, "--json")
     assert int(words[words.index("--num-rounds") + 1]) == json.loads(out)["rounds"] > 1
-    assert "run it" not in run("plan", "lfw", "--privacy-model", "distributed")[1]
+
+
+def test_a_distributed_plan_is_a_run_s(run: Terminal) -> None:
+    given = ["--privacy-model", "distributed", "--survivors", 9, "--colluders", 2]
+    code, out, err = run("plan", "lfw", *given)
+    assert code == 0, err
+    assert "planned for distributed" in out
+    told = shlex.join(map(str, given))
+    assert out.splitlines()[-1] == f"run it: visard simulate lfw {told}"
+    found = json.loads(run("plan", "lfw", *given, "--json")[1])
+    assert (found["privacy_model"], found["survivors"], found["colluders"], found["noise_shares"]) == (
+        "distributed",
+        9,
+        2,
+        7,
+    )
+    assert found["models"]["distributed"]["noise_factor"] == pytest.approx((10 / 7) ** 0.5)
+    alone = json.loads(run("plan", "lfw", "--num-clients", 1, "--json")[1])
+    assert (alone["survivors"], alone["colluders"], alone["noise_shares"]) == (None, None, None)
+    out = run("plan", "lfw", "--survivors", 3)[1]
+    assert "no distributed run: survivors = 3" in out
+    assert "a client's keys" not in out
 
 
 MODEL_KEYS = {
-    *("trainable", "noise_factor", "mean_noise", "update_snr", "moment_snr", "verdict", "because"),
+    *("noise_factor", "mean_noise", "update_snr", "moment_snr", "verdict", "because"),
     *("equal_noise_epsilon", "bytes_down", "bytes_up", "moment_bytes_up"),
+    *("dealt_rounds", "dealt_bytes", "unmasking_bytes"),
 }
 KEYS = {
     *("recipe", "privacy_model", "unit", "units", "clients", "batch", "expected_batch", "sample_rate", "delta"),
-    *("survivors", "colluding", "solved", "budget", "epsilon", "epsilon_prv", "noise_multiplier", "rounds"),
+    *(
+        "survivors",
+        "colluders",
+        "noise_shares",
+        "solved",
+        "budget",
+        "epsilon",
+        "epsilon_prv",
+        "noise_multiplier",
+        "rounds",
+    ),
     *("local_steps", "moment_noise_multiplier", "moment_dimension", "discriminator_parameters", "models"),
     *("epsilon_by_rounds", "suggestions", "notes", "command"),
 }
@@ -103,7 +136,8 @@ def test_the_picture_shows_a_line_for_each_model(run: Terminal, tmp_path: Path) 
         (["lfw", "--epsilon", "5"], "the moment release alone costs"),
         (["lfw", "--epsilon", "12", "--noise-multiplier", "2", "--num-rounds", "3"], "give two"),
         (["lfw", "--batch", "5000"], "more than the 1,680 units"),
-        (["lfw", "--survivors", "3"], "survivors = 3"),
+        (["lfw", "--privacy-model", "distributed", "--survivors", "3"], "survivors = 3"),
+        (["lfw", "--privacy-model", "distributed", "--num-clients", "1"], "two clients"),
         (["lfw", "--num-rounds", "0", "--out", "plan.png"], "leave out --out"),
         (["lfw", "--unit", "client"], "unit = 'client'"),
         (["nothing"], "there is no recipe"),

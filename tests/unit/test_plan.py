@@ -13,11 +13,14 @@ from common.models.features import RandomFeatures
 from common.models.flat import num_parameters
 from common.privacy.accounting import calibrate_noise_multiplier, epsilon_of
 from common.privacy.planner import run_releases, with_noise
+from common.privacy.units import PrivacyModel
 from common.sections import ModelConfig
-from simulations.plan import Plan, count_parameters, make_plan, noise_factor
+from simulations.plan import Plan, make_plan, noise_factor
 from simulations.plan_advice import suggest
 from simulations.plan_budget import MAX_ROUNDS, Schedule, least_moment_noise
+from simulations.plan_bytes import Traffic
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, Asked, ask
+from simulations.plan_sizes import count_parameters
 from simulations.plan_verdict import RECORDED_RUNS, ROUNDS_SEEN, THRESHOLDS, Verdict, judge
 from simulations.recipe import load_recipe
 
@@ -133,10 +136,23 @@ def test_all_three_are_refused() -> None:
         ask("lfw", {"epsilon": 9.0, "noise-multiplier": 2.0, "num-rounds": 5}, Asked())
 
 
-@pytest.mark.parametrize("recipe", ["lfw", "london"])
-def test_a_recipe_s_plan_is_its_run(recipe: str) -> None:
-    run = with_noise(load_recipe(recipe, {}))
-    plan = plan_of(recipe)
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("lfw", {}),
+        ("london", {}),
+        ("lfw", {"privacy-model": "distributed"}),
+        ("lfw", {"privacy-model": "distributed", "num-clients": 13, "survivors": 11, "colluders": 3}),
+    ],
+)
+def test_a_recipe_s_plan_is_its_run(recipe: str, options: dict[str, Any]) -> None:
+    run = with_noise(load_recipe(recipe, options))
+    plan = plan_of(recipe, options)
+    cohort = plan.question.cohort
+    if run.privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+        assert cohort is not None
+        assert (cohort.peers, cohort.survivors) == (run.privacy.peers, run.privacy.survivors)
+        assert plan.question.noise_shares == run.privacy.noise_shares
     assert plan.noise_multiplier == run.privacy.noise_multiplier
     assert plan.epsilon == epsilon_of(run_releases(run), run.privacy.delta)
     assert (plan.rounds, plan.question.model) == (run.training.num_rounds, str(run.privacy.privacy_model))
@@ -181,9 +197,11 @@ def test_the_command_s_options_are_the_plan_s() -> None:
         ({"expected-batch": 3.0}, {"batch": 30}, "give one"),
         ({}, {"persons": 0}, "persons = 0 is outside"),
         ({}, {"batch": float("nan")}, "batch = nan is outside"),
-        ({}, {"survivors": 5}, r"survivors = 5 .* \(6 or more\)"),
-        ({}, {"survivors": 11}, "at most 10"),
-        ({}, {"colluding": 0}, "colluding is 1 or more"),
+        ({"privacy-model": "distributed", "survivors": 5}, {}, "survivors = 5 .* use 6 to 10"),
+        ({"privacy-model": "distributed", "survivors": 11}, {}, "survivors = 11"),
+        ({"privacy-model": "distributed", "peers": 9}, {}, "peers = 9 and num-clients = 10"),
+        ({"privacy-model": "distributed", "local-steps": 2}, {}, "local-steps = 2"),
+        ({"colluders": 0}, {}, "colluders = 0"),
         ({"num-clients": 1, "privacy-model": "distributed"}, {}, "two clients"),
         ({"privacy-model": "none"}, {}, "nothing to compute"),
     ],
@@ -215,14 +233,15 @@ def test_the_budget_may_hold_the_moment_release_alone() -> None:
     assert any("not one round fits" in note for note in plan.notes)
 
 
-CLIENTS, SURVIVORS, COLLUDING, BATCH, SIGMA, BOUND = 9, 7, 2, 36.0, 1.7, 0.5
+# Of 7 survivors two collude, and by telling clients different survivors a coordinator could leave out one more.
+CLIENTS, SURVIVORS, COLLUDERS, HONEST, BATCH, SIGMA, BOUND = 10, 7, 2, 4, 40.0, 1.7, 0.5
 
 
 def test_noise_of_each_model_is_that_of_simulated_clients() -> None:
     options = {"num-clients": CLIENTS, "noise-multiplier": SIGMA, "max-grad-norm": BOUND}
-    plan = plan_of("lfw", options, batch=BATCH, survivors=SURVIVORS, colluding=COLLUDING)
+    plan = plan_of("lfw", options | {"survivors": SURVIVORS, "colluders": COLLUDERS}, batch=BATCH)
     rng, draws = np.random.default_rng(5), 100_000
-    shares = SIGMA * BOUND / math.sqrt(SURVIVORS - COLLUDING)
+    shares = SIGMA * BOUND / math.sqrt(HONEST)
     seen = {
         LOCAL: rng.normal(0, SIGMA * BOUND, (draws, CLIENTS)).sum(1) / BATCH,
         DISTRIBUTED: rng.normal(0, shares, (draws, CLIENTS)).sum(1) / BATCH,
@@ -231,8 +250,9 @@ def test_noise_of_each_model_is_that_of_simulated_clients() -> None:
     }
     for model, noise in seen.items():
         assert plan.models[model].signals.mean_noise == pytest.approx(noise.std(), rel=0.02), model
-    # Of the shares of t survivors, c are known: what is left is the whole of a trusted curator's noise.
-    left = rng.normal(0, shares, (draws, SURVIVORS - COLLUDING)).sum(1)
+    # What is left where only the honest shares are in the sum is the whole of a trusted curator's noise.
+    assert plan.question.noise_shares == HONEST
+    left = rng.normal(0, shares, (draws, HONEST)).sum(1)
     assert left.std() == pytest.approx(SIGMA * BOUND, rel=0.02)
     ratio = plan.models[CENTRAL].signals.update_snr / plan.models[LOCAL].signals.update_snr  # type: ignore[operator]
     assert ratio == pytest.approx(math.sqrt(CLIENTS))
@@ -263,16 +283,6 @@ def test_equal_noise_is_equal_noise() -> None:
     assert all(a < b for a, b in itertools.pairwise(curve))
 
 
-def test_survivors_by_default() -> None:
-    for clients in range(2, 200):
-        question = ask("lfw", {"num-clients": clients}, Asked())
-        assert 2 * question.survivors > clients + question.colluding
-        assert math.ceil(2 * clients / 3) <= question.survivors <= clients
-        assert question.honest >= 1
-    assert DISTRIBUTED not in plan_of("lfw", {"num-clients": 1}).models
-    assert plan_of("lfw", {"privacy-model": "distributed"}).chosen.model == DISTRIBUTED
-
-
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 @pytest.mark.parametrize(("size", "classes"), [(28, 0), (64, 3)])
 def test_parameters_are_counted(name: str, size: int, classes: int) -> None:
@@ -282,12 +292,14 @@ def test_parameters_are_counted(name: str, size: int, classes: int) -> None:
 
 def test_bytes_are_those_of_the_vectors() -> None:
     plan = plan_of("utkface")
-    central = plan.models[CENTRAL]
-    assert (central.bytes_down, central.bytes_up) == (4 * plan.parameters, 4 * plan.parameters)
-    assert central.moment_bytes_up == 4 * 2 * plan.dimension
-    assert (plan.models[ALONE].bytes_down, plan.models[ALONE].moment_bytes_up) == (0, 0)
+    for model in (CENTRAL, LOCAL, DISTRIBUTED):
+        traffic = plan.models[model].traffic
+        assert (traffic.down, traffic.up) == (4 * plan.parameters, 4 * plan.parameters)
+        assert traffic.moments_up == 4 * 2 * plan.dimension
+        assert bool(traffic.keys) is (model == DISTRIBUTED)
+    assert plan.models[ALONE].traffic == Traffic()
     local = plan_of("utkface", {"privacy-model": "local", "local-steps": 3, "fake-batch": 10}).models[LOCAL]
-    assert local.bytes_down - local.bytes_up == 30 * (3 * 32 * 32 + 8)
+    assert local.traffic.down - local.traffic.up == 30 * (3 * 32 * 32 + 8)
 
 
 def test_prv_stands_beside() -> None:
@@ -340,6 +352,7 @@ def test_thresholds_lie_between_the_recorded_runs() -> None:
         ("orl", {"noise-multiplier": 2.0, "num-rounds": 10}),
         ("lfw", {"moment-rounds": 0}),
         ("mnist", {"num-rounds": 0}),
+        ("orl", {"privacy-model": "distributed"}),
     ],
 )
 def test_each_suggestion_does_what_it_says(recipe: str, options: dict[str, Any]) -> None:
