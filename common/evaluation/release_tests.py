@@ -9,8 +9,8 @@ all of them together raise a false alarm with probability FALSE_ALARMS at most, 
 What they can see. With n noise values in all, the standard error of the measured standard deviation is 1 / sqrt(2 n) of
 it; an alarm needs about 6.5 standard errors at 100 tests. n = 2,000,000, 32 releases of a network of 65,000 parameters,
 sees noise that is 0.33 % off, and misses noise that is 2 % off with a probability below 1e-100. A parameter tensor of m
-values without noise, or with noise of which v releases sum to less than a tenth, is seen from m v = 20 on. Noise that is
-used twice, or a fraction rho of it, is a correlation of rho: seen from rho = 8 / sqrt(d). A contribution measured with
+values whose noise has less than a tenth of its standard deviation in v releases is seen from m v = 20 on. Noise that is
+used twice, or a fraction rho of it, is a correlation of rho: seen from rho = 8 / sqrt(d), d up to 65,536. A contribution measured with
 standard error s C is seen to differ by 6.5 s C. Of N draws, a rate that is off by 6.5 sqrt((1 - q) / (q N)) of itself is
 seen, and so is a variance of the drawn number that is 0 instead of K q (1 - q) from some 20 releases on.
 """
@@ -58,7 +58,9 @@ def noise_tests(name: str, noise: np.ndarray, layers: Sequence[int]) -> list[Rel
     of_release = squares.sum(1)
     bounds = np.concatenate([[0], np.cumsum(layers)])
     of_layer = np.add.reduceat(squares.sum(0), bounds[:-1])
-    sums = np.add.reduceat(noise.sum(0, dtype=np.float64), bounds[:-1]) / np.sqrt(releases * np.asarray(layers))
+    means = np.add.reduceat(noise.astype(np.float64), bounds[:-1], axis=1) / np.sqrt(layers)
+    sums = means.sum(0) / math.sqrt(releases)
+    totals = noise.sum(1, dtype=np.float64) / math.sqrt(dimension)
     of_coordinate = squares.sum(0)
     total = float(of_release.sum())
     return [
@@ -75,6 +77,13 @@ def noise_tests(name: str, noise: np.ndarray, layers: Sequence[int]) -> list[Rel
         ),
         _worst(f"{name}: scale of each coordinate", of_coordinate / releases, _chi_square(of_coordinate, releases)),
         _worst(f"{name}: mean of each layer", sums, _two_sided(sums), 0.0),
+        # Also too little: noise without a mean releases the mean.
+        _worst(
+            f"{name}: spread of the means of layers",
+            np.square(means).sum(0) / releases,
+            _chi_square(np.square(means).sum(0), np.full(len(layers), releases)),
+        ),
+        direction_test(f"{name}: along the sum of coordinates", totals),
         *_shape_tests(name, noise),
         _lag_test(f"{name}: coordinates of one release", noise, noise),
         *independence_tests(name, noise),
@@ -108,14 +117,33 @@ def contribution_tests(name: str, coefficients: np.ndarray, drawn: np.ndarray, e
     if not seen.any():
         return [worst]
     means = (coefficients * drawn).sum(0)[seen] / counts[seen]
+    weights = counts[seen] / errors[seen] ** 2
+    pooled = float(np.average(means, weights=weights))
     z = (means - 1) * np.sqrt(counts[seen]) / errors[seen]
     p = stats.norm.sf(z)
     most = int(means.argmax())
     return [
         worst,
+        ReleaseTest(f"{name}: of all units", float(_two_sided((pooled - 1) * math.sqrt(weights.sum()))), pooled, 1.0),
         _worst(f"{name}: of each unit on average", means, _two_sided(z)),
         ReleaseTest(f"{name}: most of one unit", min(1.0, float(p.min()) * len(p)), float(means[most]), 1.0),
     ]
+
+
+def direction_test(name: str, along: np.ndarray) -> ReleaseTest:
+    """Of noise along one known direction in each release, (R,): neither more nor less than elsewhere."""
+    total = float(np.square(along, dtype=np.float64).sum())
+    return ReleaseTest(name, float(_chi_square(total, len(along))), math.sqrt(total / max(len(along), 1)), 1.0)
+
+
+def norm_test(name: str, norms: Sequence[float], noise: float, dimension: int) -> ReleaseTest:
+    """Whether releases of one unit alone can hold a contribution of at most 1 (one-sided). norms: of releases of this
+    `noise` in each of `dimension` coordinates. What is told is the contribution's norm."""
+    total = float(np.square(norms).sum())
+    count = len(norms)
+    p = float(stats.ncx2.sf(total / noise**2, count * dimension, count / noise**2)) if count else 0.0
+    told = math.sqrt(max(total / max(count, 1) - dimension * noise**2, 0.0))
+    return ReleaseTest(name, p, told, 1.0)
 
 
 def deviation_test(name: str, z: np.ndarray) -> ReleaseTest:
@@ -177,12 +205,15 @@ def _shape_tests(name: str, noise: np.ndarray) -> list[ReleaseTest]:
         ReleaseTest(f"{name}: skewness", float(_two_sided(third / math.sqrt(15 / len(flat)))), third, 0.0),
         ReleaseTest(f"{name}: fourth moment", float(_two_sided(fourth / math.sqrt(96 / len(flat)))), fourth + 3, 3.0),
         ReleaseTest(
-            f"{name}: largest value",
-            min(1.0, len(flat) * float(_two_sided(largest))),
-            largest,
-            float(stats.norm.isf(0.5 / len(flat))),
+            f"{name}: largest value", _extreme(largest, len(flat)), largest, float(stats.norm.isf(0.5 / len(flat)))
         ),
     ]
+
+
+def _extreme(largest: float, count: int) -> float:
+    """Of the largest of |z| of so many: too large, or too small, as where tails are cut."""
+    tail = float(_two_sided(largest))
+    return min(1.0, 2 * min(-math.expm1(count * math.log1p(-tail)), math.exp(count * math.log1p(-tail))))
 
 
 def _lag_test(name: str, first: np.ndarray, second: np.ndarray) -> ReleaseTest:

@@ -43,7 +43,11 @@ def _audit(
     ] = _ONE_RUN_ROUNDS,
     quick: Annotated[bool, typer.Option("--quick", help="The gate in short form: a quarter of the releases")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for audit.json and audit.md", show_default="RUN, or runs/audit-RECIPE")
+        Path | None,
+        typer.Option(
+            help="Folder for audit.json and audit.md, which replace those of an earlier audit",
+            show_default="RUN, or runs/audit-RECIPE",
+        ),
     ] = None,
     overrides: dict[str, Any] | None = None,
 ) -> None:
@@ -54,6 +58,8 @@ def _audit(
     wanted = _wanted(parts)
     run = Path(target) if Path(target).is_dir() else None
     config = _config(target, run, overrides or {})
+    if out is not None and out.is_file():
+        raise ConfigError(f"{out} is a file: --out names a folder")
     folder = out or run or Path("runs") / f"audit-{Path(target).stem}"
     audit = _perform(target, run, config, wanted, holdout, one_run_rounds, quick, folder)
 
@@ -141,9 +147,10 @@ def _do(
     scratch: Path,
 ) -> None:
     if part == "gate":
-        from simulations.audit.gate import SHORT, Effort, audit_gate
+        from simulations.audit.gate import audit_gate
+        from simulations.audit.stages import FULL, SHORT
 
-        audit.gate = audit_gate(config, scratch, SHORT if quick else Effort())
+        audit.gate = audit_gate(config, scratch, SHORT if quick else FULL)
     elif part == "one-run":
         from simulations.audit.one_run import audit_one_run
 

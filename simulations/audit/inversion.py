@@ -54,6 +54,8 @@ _LARGEST_INVERTED, _SMALL = 32, (28, 1)
 _PUBLIC_FACES, _FIRST_PUBLIC, _FIRST_VICTIM = 512, 2_000_000, 1_000_000
 # Shares of the claimed noise that an attacker supposes in turn, besides none: a client may add less than it says.
 _SUSPECTED = (1.0, 0.1, 0.01)
+# A secure sum holds at least as much noise as one client adds under local, and the vectors of others besides.
+_NOISED = (PrivacyModel.LOCAL, PrivacyModel.DISTRIBUTED)
 # Declared where the coordinator is to add the noise: the client does not.
 _UNUSED_NOISE = 1.0
 
@@ -81,7 +83,8 @@ class InversionAudit:
     """All attacks. average_back: how many images the average of other faces reaches threshold_db of, and nearest_back
     how many the most alike of other faces do: both must be 0, or the threshold means nothing.
 
-    coordinator_sees: `noised` under local, else `clear`. noise_multiplier: the run's, None without gradient rounds;
+    coordinator_sees: `noised` under local and, of sums, distributed, else `clear`. noise_multiplier: the run's, None without
+    gradient rounds;
     budget_noise_multiplier: see the module; both None in a run without privacy. controls_hold: every attack brings back half
     the images or more without noise. passed: the controls hold, the threshold means something, and with noise nothing came back.
     """
@@ -154,7 +157,7 @@ def audit_inversion(config: RunConfig, *, images: int = 64, inverted: int = 16) 
     noised = [back for outcome in outcomes for back in (outcome.back_noised, outcome.back_budget) if back is not None]
     return InversionAudit(
         privacy_model=str(privacy.privacy_model),
-        coordinator_sees="noised" if privacy.privacy_model is PrivacyModel.LOCAL else "clear",
+        coordinator_sees="noised" if privacy.privacy_model in _NOISED else "clear",
         max_grad_norm=privacy.max_grad_norm,
         noise_multiplier=own,
         budget_noise_multiplier=budget,

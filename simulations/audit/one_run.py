@@ -3,8 +3,8 @@
 Steinke, Nasr, Jagielski 2023 ("Privacy auditing with one (1) training run"; the bound is `common.evaluation.one_run`),
 with the white-box adversary of Nasr et al. 2023 ("Tight auditing of differentially private machine learning"): it knows
 every round's weights, the ordinary faces and the canaries' patterns, all but the coins, and hears what each privacy
-model releases. Under `local` that is each client's vector on the wire; under `central` the mean that left the
-coordinator's aggregation, noise and all, never a clear sum. Each canary is one unit at one client, by number, whether in
+model releases. Under `local` that is each client's vector on the wire; under `central` and `distributed` the mean that left
+the coordinator's aggregation, noise and all, never a clear sum. Each canary is one unit at one client, by number, whether in
 or not, so that one coin more or less is a neighbouring data set.
 
 The run is the shipped one: coordinator, ClientApp, policies and ledgers as they are. Scores are computed with dropout
@@ -39,13 +39,14 @@ from common.models.flat import set_flat
 from common.models.losses import LOSSES
 from common.privacy.ledger import Ledger
 from common.privacy.units import PrivacyModel
+from common.secure_messages import lattice_of
 from server.app import open_run, run
 from server.checkpoint import CoordinatorState
 from simulations.audit.canary_persons import draw_canaries, persons_of, with_canaries
 from simulations.audit.wire import answer_size
 from simulations.engine import InProcessGrid
 from simulations.partition import partition
-from simulations.simulate import load_simulated_faces, owner_config
+from simulations.simulate import load_simulated_faces, owner_configs
 
 CANARIES = 300
 # Ordinary images whose gradients stand for all others' in what the auditor hears; all features it knows exactly.
@@ -111,14 +112,14 @@ def audit_one_run(
     auditor = _Auditor(config, canaries, shares, faces.subset(rng.permutation(len(faces))[:_KNOWN]))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        node_configs = []
+        files = []
         for client, share in enumerate(shares):
             own = np.arange(client, num_canaries, config.simulation.num_clients)
             held = with_canaries(share, canaries, own[members[own]])
             file = Path(name) / f"{client:04d}.npz"
             held.save(file)
-            node_configs.append(owner_config(config, file, directory.absolute() / "clients" / file.stem))
-        grid = _TappedGrid(client_app, node_configs)
+            files.append(file)
+        grid = _TappedGrid(client_app, owner_configs(config, files, directory.absolute() / "clients"))
         run(grid, state, directory, [_Listener(auditor, grid)])
     bound = bound_of_scores(auditor.scores, members, config.privacy.delta)
     return OneRunAudit(
@@ -130,7 +131,7 @@ def audit_one_run(
         correct=bound.correct,
         bound=bound.epsilon,
         confidence=bound.confidence,
-        claimed_epsilon=max(_claim(client, config) for client in sorted((directory / "clients").iterdir())),
+        claimed_epsilon=max(_claim(client, config) for client in sorted((directory / "clients").glob("*/"))),
         delta=config.privacy.delta,
         rounds=state.next_round - 1 - config.moments.moment_rounds,
         recalibrated=shorter,
@@ -172,7 +173,9 @@ class _Auditor:
             steps, divisor = asked.local_steps, privacy.expected_batch
         # Of each of the ordinary images that stand for the units that a step is expected to draw.
         spread = privacy.expected_batch * steps / max(len(others), 1)
-        if privacy.privacy_model is PrivacyModel.CENTRAL:
+        if privacy.privacy_model is PrivacyModel.DISTRIBUTED:
+            noise = lattice_of(asked, len(mean.reshape(-1))).noise_deviation(len(answers))
+        if privacy.privacy_model is not PrivacyModel.LOCAL:
             spread *= len(answers)
             heard = [(slice(None), mean.to(self._device) * (divisor * len(answers)) - sums[list(answers)].sum(0))]
         else:
@@ -238,6 +241,8 @@ class _TappedGrid(InProcessGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """As without a tap."""
         messages = list(messages)
+        if "instructions" not in messages[0].content:  # of a secure sum, between the rounds
+            return super().push_messages(messages)
         self._asked, self.answers = RoundInstructions.from_record(messages[0].content), {}
         return super().push_messages(messages)
 
@@ -245,7 +250,7 @@ class _TappedGrid(InProcessGrid):
         """As without a tap."""
         clients = self.get_node_ids()
         for reply in super().pull_messages(message_ids):
-            if not reply.has_error():
+            if reply.has_content() and "update" in reply.content:
                 update = DiscriminatorUpdate.from_record(reply.content, self._asked, answer_size(self._asked))
                 clear = self._asked.privacy.privacy_model is not PrivacyModel.LOCAL
                 self.answers[clients.index(reply.metadata.src_node_id)] = None if clear else update.vector

@@ -38,8 +38,9 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """No part found anything wrong."""
-        return all(line.passed is not False for line in self.lines())
+        """Something was done, and no part found anything wrong."""
+        lines = self.lines()
+        return bool(lines) and all(line.passed is not False for line in lines)
 
     def lines(self) -> list[Line]:
         """A line a part, in the order in which they are done."""
@@ -61,7 +62,7 @@ class Audit:
 
     def to_markdown(self) -> str:
         """A page: the verdict, a line a part, then each part's figures."""
-        verdict = "nothing found wrong" if self.passed else "SOMETHING IS WRONG"
+        verdict = "nothing found wrong" if self.passed else "SOMETHING IS WRONG" if self.lines() else "NOTHING WAS DONE"
         page = [f"# Privacy audit of {self.target}: {verdict}", "", f"Promised: {self.promise}.", ""]
         page += ["| part | result | found |", "|---|---|---|"]
         page += [f"| {line.part} | {WORDS[line.passed]} | {line.told} |" for line in self.lines()]
@@ -154,7 +155,8 @@ def _gate_table(found: GateReport) -> list[str]:
     ]
     return [
         f"{found.releases} releases of {found.parameters:,} values by `{found.discriminator}`, {found.canaries} canaries, "
-        f"unit {found.unit}, privacy model {found.privacy_model}, {found.seconds:.1f} s.",
+        f"unit {found.unit}, privacy model {found.privacy_model}, {found.seconds:.1f} s. The clipping norm is the audit's own, half the "
+        "canaries' median; a discriminator with dropout is audited as `dcgan` of its width, and itself for its norm.",
         "",
         "| test | observed | claimed | p | |",
         "|---|---|---|---|---|",

@@ -5,24 +5,29 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.clientapp import ClientApp
 
-from common.config import RunConfig
 from common.errors import CohortTooSmall
 from common.faces import FaceDataset
 from common.messages import RoundInstructions, Stage
 from common.privacy.accounting import Release
 from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
+from common.secure_messages import lattice_of
 from server.checkpoint import CoordinatorState
 from server.coordinator import collect
 from server.exchange import Exchange
+from server.secure_exchange import SecureExchange
+from simulations.audit.canaries import Canaries
 from simulations.audit.wire import RUN_ID, Wire, answer_size
 
 _CLIENTS = 2
+# More than any audit asks: keys are dealt for the rounds that a run has left.
+_ROUNDS = 10**4
 TWINS = 2
 
 
@@ -30,18 +35,28 @@ class Tap:
     """Two federations of two clients, new ledgers each, asked the same rounds under the same global seeds.
 
     local: both clients hold all faces, and each answer is a release. central: each holds half of the units, and what the
-    coordinator's `collect` makes of their answers is the release. sources: releases a round.
+    coordinator's `collect` makes of their answers is the release. distributed: so it is, with as many clients as the run has
+    peers. sources: releases a round.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, faces: FaceDataset, client_app: ClientApp) -> None:
-        training = dataclasses.replace(config.training, min_clients=_CLIENTS)
-        self._config = dataclasses.replace(config, training=training)
+    def __init__(self, folder: Path, canaries: Canaries, client_app: ClientApp) -> None:
+        config, faces = canaries.config, canaries.faces
         self._local = config.privacy.privacy_model is PrivacyModel.LOCAL
-        shares = [faces] * _CLIENTS if self._local else _halves(faces, config)
-        self._wires = [Wire(folder / f"twin-{twin}", config, shares, client_app) for twin in range(TWINS)]
+        self._secure = config.privacy.privacy_model is PrivacyModel.DISTRIBUTED
+        self._clients = config.privacy.peers if self._secure else _CLIENTS
+        training = dataclasses.replace(config.training, min_clients=self._clients, num_rounds=_ROUNDS)
+        self._config = dataclasses.replace(config, training=training)
+        shares = [faces] * _CLIENTS if self._local else _parts(canaries, self._clients)
+        self.wires = [Wire(folder / f"twin-{twin}", config, shares, client_app) for twin in range(TWINS)]
+        self._exchanges = [Exchange(wire.grid, training) for wire in self.wires]
+        self.sums: list[dict[str, Any]] = [{} for _ in self.wires]
+        self._sums = [
+            SecureExchange(exchange, kept, {}, training, lambda: None) if self._secure else None
+            for exchange, kept in zip(self._exchanges, self.sums, strict=True)
+        ]
         self.sources = _CLIENTS if self._local else 1
         self.asked: list[Release] = []
-        self.missing = 0
+        self.missing = self.asked_again = self.same_again = 0
         self.releases = 0
 
     def ask(
@@ -55,39 +70,57 @@ class Tap:
         rounds = [instructions(first + number) for number in range(count)]
         empty = keep(np.full(answer_size(rounds[0]), np.nan, dtype=np.float32))
         kept = np.empty((TWINS, self.sources, count, *empty.shape), dtype=empty.dtype)
-        for twin, wire in enumerate(self._wires):
+        for twin in range(TWINS):
             with _same_seeds(first):
                 for number, asked in enumerate(rounds):
-                    for source, vector in enumerate(self._released(wire, asked)):
+                    for source, vector in enumerate(self._released(twin, asked)):
                         self.missing += vector is None
                         self.releases += vector is not None
                         kept[twin, source, number] = empty if vector is None else keep(vector)
         self.asked += [asked.release for asked in rounds]
+        self._ask_again(rounds[-1])
         return kept
+
+    def _ask_again(self, asked: RoundInstructions) -> None:
+        """A round that was answered is asked twice more: the bytes must be the same, or noise could be averaged away."""
+        if self._secure:
+            return  # masked once, with keys that are gone
+        for wire in self.wires:
+            for first, second in zip(wire.ask(asked), wire.ask(asked), strict=True):
+                if not isinstance(first, str):
+                    self.asked_again += 1
+                    self.same_again += not isinstance(second, str) and first.tobytes() == second.tobytes()
 
     def charges(self) -> list[list[Release]]:
         """What each ledger of both twins says, read from the disk."""
-        return [wire.charges(client) for wire in self._wires for client in range(_CLIENTS)]
+        return [wire.charges(client) for wire in self.wires for client in range(self._clients)]
 
-    def _released(self, wire: Wire, asked: RoundInstructions) -> list[np.ndarray | None]:
+    def noise_factor(self, asked: RoundInstructions) -> float:
+        """The claimed noise on a release, over sigma C: 1, but under a secure sum, in which everybody's share is."""
+        if not self._secure:
+            return 1.0
+        unit = 1.0 if asked.stage is Stage.MOMENTS else asked.privacy.max_grad_norm
+        deviation = lattice_of(asked, answer_size(asked)).noise_deviation(self._clients)
+        return deviation / (asked.release.noise_multiplier * unit)
+
+    def _released(self, twin: int, asked: RoundInstructions) -> list[np.ndarray | None]:
         if self._local:
-            return [None if isinstance(answer, str) else answer for answer in wire.ask(asked)]
+            return [None if isinstance(answer, str) else answer for answer in self.wires[twin].ask(asked)]
         state = CoordinatorState.fresh(self._config, RUN_ID)
         try:
-            mean = collect(state, Exchange(wire.grid, self._config.training), asked, SecureRandom())
+            mean = collect(state, self._exchanges[twin], asked, SecureRandom(), self._sums[twin])
         except CohortTooSmall:
             return [None]
         privacy = asked.privacy
         declared = privacy.expected_batch
         if asked.stage is Stage.MOMENTS:
             declared = privacy.declared_units / max(asked.model.num_classes, 1)
-        return [mean.numpy() * np.float32(declared * _CLIENTS)]
+        return [mean.numpy() * np.float32(declared * self._clients)]
 
 
-def _halves(faces: FaceDataset, config: RunConfig) -> list[FaceDataset]:
-    units = faces.units(config.privacy.unit)
-    middle = len(units) // 2
-    return [faces.subset(np.concatenate(half)) for half in (units[:middle], units[middle:])]
+def _parts(canaries: Canaries, clients: int) -> list[FaceDataset]:
+    places = np.array_split(np.arange(len(canaries.units)), clients)
+    return [canaries.faces.subset(np.concatenate([canaries.units[place] for place in part])) for part in places]
 
 
 @contextmanager

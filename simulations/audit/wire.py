@@ -5,12 +5,12 @@ faces and may read the ledger.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import app as shipped_client_app
@@ -25,8 +25,9 @@ from common.models.flat import num_parameters
 from common.privacy.accounting import Release
 from common.privacy.ledger import Ledger
 from simulations.engine import InProcessGrid
-from simulations.simulate import owner_config
+from simulations.simulate import owner_configs
 
+_HEARD = 16384
 RUN_ID = "a0d17" + "0" * 27
 # An owner who allows whatever the auditor asks: the budget is not what is audited here.
 _OPEN_HANDED: dict[str, Scalar] = {"max-epsilon": 1e9, "max-sample-rate": 1.0, "max-local-steps": 10**4}
@@ -47,24 +48,44 @@ class Wire:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folders = [folder / f"{number:04d}" for number in range(len(shares))]
-        configs = []
-        for own, share in zip(self._folders, shares, strict=True):
-            share.save(own.with_suffix(".npz"))
-            configs.append({**owner_config(config, own.with_suffix(".npz"), own), **_OPEN_HANDED})
-        self.grid = InProcessGrid(client_app, configs)
+        files = [own.with_suffix(".npz") for own in self._folders]
+        for file, share in zip(files, shares, strict=True):
+            share.save(file)
+        configs = [{**given, **_OPEN_HANDED} for given in owner_configs(config, files, folder)]
+        self.grid = ListeningGrid(client_app, configs)
         self.nodes = self.grid.get_node_ids()
 
     def ask(self, instructions: RoundInstructions, clients: Sequence[int] | None = None) -> list[np.ndarray | str]:
         """One round: of each client (all by default) the vector that it sent, (d,) float32, or the kind of its error."""
         nodes = self.nodes if clients is None else [self.nodes[number] for number in clients]
-        content, group = instructions.to_record(), str(instructions.server_round)
-        messages = [Message(content, node, "train", ttl=600.0, group_id=group) for node in nodes]
         dimension = answer_size(instructions)
-        return [_read(reply, instructions, dimension) for reply in self.grid.send_and_receive(messages)]
+        return [_read(reply, instructions, dimension) for reply in self.send(instructions.to_record(), nodes)]
+
+    def send(self, content: RecordDict, nodes: Sequence[int]) -> list[Message]:
+        """Any message to these nodes, and what comes back."""
+        messages = [Message(content, node, "train", ttl=600.0, group_id="audit") for node in nodes]
+        return self.grid.send_and_receive(messages)
 
     def charges(self, client: int) -> list[Release]:
         """What a client's ledger, read anew from the disk, says that it released, in order."""
         return Ledger(self._folders[client], max_epsilon=1e9, delta=1e-5).releases
+
+
+class ListeningGrid(InProcessGrid):
+    """Keeps, of every masked vector that comes back, its first words: node -> (K,) uint32 each, in order."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.masked: dict[int, list[np.ndarray]] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """As without listening."""
+        for reply in super().pull_messages(message_ids):
+            arrays = reply.content.get("arrays") if reply.has_content() else None
+            if isinstance(arrays, ArrayRecord) and arrays["vector"].dtype == "uint32":
+                words = np.frombuffer(arrays["vector"].data[: 4 * _HEARD], dtype="<u4")
+                self.masked.setdefault(reply.metadata.src_node_id, []).append(words)
+            yield reply
 
 
 def answer_size(instructions: RoundInstructions) -> int:

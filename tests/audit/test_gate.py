@@ -11,12 +11,14 @@ from client.app import create_app
 from common.config import RunConfig
 from common.errors import ConfigError
 from simulations.audit.canaries import make_canaries
-from simulations.audit.gate import SHORT, Effort, GateReport, audit_gate
+from simulations.audit.gate import GateReport, audit_gate
+from simulations.audit.stages import SHORT, Effort
 from tests.audit import plants
 from tests.support import tiny_config
 
 LOCAL = tiny_config(privacy_model="local", local_steps=3, sample_rate=0.1)
 CENTRAL = tiny_config(privacy_model="central", sample_rate=0.1)
+DISTRIBUTED = tiny_config(privacy_model="distributed", num_clients=5, sample_rate=0.1)
 PLANTS = {
     "noise 2 % low": plants.noise_two_percent_low,
     "noise reused in the next round": plants.noise_again_in_the_next_round,
@@ -32,6 +34,24 @@ PLANTS = {
     "normaliser from the drawn batch": plants.normaliser_from_the_drawn,
     "as many fakes as drawn": plants.as_many_fakes_as_drawn,
     "moment noise 2 % low": plants.moment_noise_two_percent_low,
+    "noise beside what it hides": plants.noise_beside_what_it_hides,
+    "noise without a mean": plants.noise_without_a_mean,
+    "tails of the noise cut": plants.tails_cut,
+    "one person twice in the moments": plants.one_person_twice_in_the_moments,
+    "answered anew when asked again": plants.answered_anew_when_asked_again,
+    "large gradients not clipped": plants.large_gradients_not_clipped,
+}
+
+
+SECURE_PLANTS = {
+    "noise shares 2 % low": plants.noise_shares(0.98),
+    "share short of H": plants.share_short_of_h,
+    "no clipping": plants.no_clipping,
+    "images clipped alone and summed": plants.images_clipped_alone_and_summed,
+    "sigma halved in the ledger": plants.ledger_with_half_of_sigma,
+    "masks reused": plants.masks_reused,
+    "no masks": plants.no_masks,
+    "self-mask and pairwise key both rebuilt": plants.both_secrets_rebuilt,
 }
 
 
@@ -39,13 +59,13 @@ def audited(folder: Path, config: RunConfig, effort: Effort = SHORT, app: Client
     return audit_gate(config, folder, effort, app or create_app())
 
 
-@pytest.mark.parametrize("config", [LOCAL, CENTRAL], ids=["local", "central"])
+@pytest.mark.parametrize("config", [LOCAL, CENTRAL, DISTRIBUTED], ids=["local", "central", "distributed"])
 def test_the_shipped_apps_pass(tmp_path: Path, config: RunConfig) -> None:
     report = audited(tmp_path, config)
     assert report.passed, report.alarms
     measured = report.measured
     assert measured.claimed == pytest.approx(config.privacy.epsilon, rel=2e-3)
-    assert measured.epsilon_low < measured.claimed < measured.epsilon_high
+    assert measured.epsilon_low < measured.epsilon < measured.epsilon_high
     assert measured.epsilon == pytest.approx(measured.claimed, rel=0.25)
 
 
@@ -53,6 +73,35 @@ def test_the_shipped_apps_pass(tmp_path: Path, config: RunConfig) -> None:
 def test_a_planted_fault_is_caught(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTS[fault](monkeypatch)
     assert not audited(tmp_path, LOCAL).passed
+
+
+CLASSES = tiny_config(privacy_model="local", sample_rate=0.1, num_classes=2)
+IMAGES = tiny_config(privacy_model="local", sample_rate=0.1, unit="image", partitioner="iid")
+VIEWS = tiny_config(privacy_model="local", sample_rate=0.1, augment="flip,crop", augment_views=4)
+DROPOUT = tiny_config(privacy_model="central", sample_rate=0.1, discriminator="conv-dropout", discriminator_width=4)
+WASSERSTEIN = tiny_config(privacy_model="local", local_steps=2, sample_rate=0.1, loss="wasserstein", weight_clip=0.01)
+LARGE_BATCH = tiny_config(privacy_model="local", local_steps=2, sample_rate=0.1, expected_batch=500.0)
+
+
+@pytest.mark.parametrize("config", [CLASSES, IMAGES, VIEWS, DROPOUT, WASSERSTEIN, LARGE_BATCH])
+def test_other_runs_pass(tmp_path: Path, config: RunConfig) -> None:
+    assert audited(tmp_path, config).alarms == []
+
+
+@pytest.mark.parametrize(
+    ("config", "plant"),
+    [
+        (CLASSES, plants.labels_for_units),
+        (CLASSES, plants.moment_labels_for_units),
+        (IMAGES, plants.faces_for_photographs),
+        (VIEWS, plants.views_clipped_apart),
+    ],
+)
+def test_a_fault_of_other_runs_is_caught(
+    tmp_path: Path, config: RunConfig, plant: plants.Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    assert not audited(tmp_path, config).passed
 
 
 def test_seeded_noise_is_caught(tmp_path: Path) -> None:
@@ -65,6 +114,12 @@ def test_seeded_noise_is_caught(tmp_path: Path) -> None:
 def test_a_fault_under_central_is_caught(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTS[fault](monkeypatch)
     assert not audited(tmp_path, CENTRAL).passed
+
+
+@pytest.mark.parametrize("fault", SECURE_PLANTS)
+def test_a_fault_under_a_secure_sum_is_caught(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    SECURE_PLANTS[fault](monkeypatch)
+    assert not audited(tmp_path, DISTRIBUTED).passed
 
 
 def test_a_client_that_answers_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

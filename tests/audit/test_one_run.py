@@ -37,7 +37,7 @@ def audited(folder: Path, config: RunConfig, num_canaries: int = 80, **options: 
     return audit_one_run(config, faces, folder / "audit", num_canaries, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("privacy_model", ["local", "central"])
+@pytest.mark.parametrize("privacy_model", ["local", "central", "distributed"])
 def test_an_honest_run_stays_under_its_claim(tmp_path: Path, privacy_model: str) -> None:
     config = small(privacy_model=privacy_model, epsilon=1.0, moment_noise_multiplier=8.0)
     found = audited(tmp_path, config)

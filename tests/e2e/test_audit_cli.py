@@ -77,7 +77,21 @@ def test_a_ledger_of_another_run_is_found(visard: Terminal, run: Path, tmp_path:
     code, _, _ = visard("audit", run, "--parts", "ledgers")
     problems = json.loads((run / "audit.json").read_text())["ledgers"]["problems"]
     assert code == 1
-    assert all("of another run" in problem for problem in problems)
+    assert any("of another run" in problem for problem in problems)
+    assert any("is not there" in problem for problem in problems), "the run's own is missing"
+
+
+def test_a_ledger_without_its_last_lines_is_found(visard: Terminal, run: Path) -> None:
+    ledger = run / "clients" / "0001" / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
+    (run / "clients" / "0001" / "ledger.head").unlink()
+    code, out, _ = visard("audit", run, "--parts", "ledgers")
+    assert (code, "that the coordinator saw last" in " ".join(out.replace("│", " ").split())) == (1, True)
+
+
+def test_nothing_done_is_not_nothing_wrong(visard: Terminal, tmp_path: Path) -> None:
+    code, _, _ = visard("audit", "demo", "--parts", "membership", *OPTIONS)
+    assert (code, json.loads((tmp_path / "runs" / "audit-demo" / "audit.json").read_text())["passed"]) == (1, False)
 
 
 @pytest.mark.parametrize(
