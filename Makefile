@@ -26,6 +26,7 @@ lint: $(INSTALLED)
 benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/discriminator_step.py
 	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/noise_shares.py
 	$(BIN)/python benchmarks/pairs.py
 
 # torch first: where a CPU build is at hand, later packages then do not pull a CUDA one.
