@@ -22,9 +22,11 @@ rounding to blow up; on a GPU that is not measured.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.models.stochastic import seeded_masks
 from common.sections import AugmentationConfig, ModelConfig
@@ -152,7 +154,24 @@ def _blur(image_size: int, _channels: int) -> _Transform:
 
     # The kernel as in Chen et al. 2020 ("SimCLR"), appendix A, a tenth of the side; it spans three sigma either way.
     kernel = image_size // 10 | 1
-    blur: _Transform = RandomGaussianBlur((kernel, kernel), (0.1, kernel / 6), p=_BLUR_P)
+
+    class Blur(RandomGaussianBlur):  # type: ignore[misc]
+        """By sums of shifted images: a convolution rounds otherwise in another batch, on some processors."""
+
+        def apply_transform(self, input: Tensor, params: Any, flags: Any, transform: Any = None) -> Tensor:  # noqa: A002
+            sigma = params["sigma"].to(input).view(-1, 1)
+            offsets = torch.arange(kernel, device=input.device) - kernel // 2
+            weights = torch.exp(-offsets.square() / (2 * sigma.square()))
+            weights = weights / weights.sum(1, keepdim=True)
+            half = kernel // 2
+            padded = functional.pad(input, (half, half, half, half), mode="reflect")
+            for dim in (2, 3):
+                size = input.shape[dim]
+                shifted = (weights[:, i, None, None, None] * padded.narrow(dim, i, size) for i in range(kernel))
+                padded = sum(shifted, start=torch.zeros((), device=input.device))
+            return padded
+
+    blur: _Transform = Blur((kernel, kernel), (0.1, kernel / 6), p=_BLUR_P)
     return blur
 
 

@@ -300,7 +300,7 @@ def test_labels(run: Terminal, tmp_path: Path) -> None:
         (["simulate", "nowhere.toml"], "ConfigError", "no recipe"),
         (["simulate", "demo", "--sample-rate", "1.5"], "ConfigError", "sample-rate = 1.5 is outside (0, 1]"),
         (["simulate", "demo", "--loss", "wgan"], "ConfigError", "choose one of minimax, bce, hinge"),
-        (["simulate", "demo", "--privacy-model", "trust"], "ConfigError", "local, central, none"),
+        (["simulate", "demo", "--privacy-model", "trust"], "ConfigError", "local, distributed, central, none"),
         (["simulate", "demo", "--local-steps", "3"], "ConfigError", "local-steps = 3"),
         (["simulate", "demo", "--epsilon", "0.1"], "ConfigError", "moment release alone"),
         (["simulate", "demo", "--name", "../x"], "ConfigError", "give another --name"),
