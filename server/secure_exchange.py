@@ -124,7 +124,7 @@ class SecureExchange:
                 "and no others, for the first round"
             )
         self._kept["peers"] = sorted(key.hex() for key in keys)
-        log.warning("the peer set is %s: every owner's policy must have this", fingerprint(keys))
+        log.info("the peer set is %s: every owner's policy must have this", fingerprint(keys))
         self._save()
 
     def _find_again(self, instructions: RoundInstructions, nodes: list[int]) -> None:

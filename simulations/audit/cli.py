@@ -1,6 +1,7 @@
 """`visard audit`: what a run's promise is worth, tried. What is slow to import is imported when it is used."""
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,6 +121,7 @@ def _perform(
 
     audit = Audit(target if run is None else run.name, promise(config))
     private = config.privacy.privacy_model is not PrivacyModel.NONE
+    logging.getLogger("visard.client").setLevel(logging.ERROR)  # refusals are part of what is asked
     for part in wanted:
         if part in ("ledgers", "membership") and run is None:
             audit.skipped[part] = "a recipe has not been run: audit the folder of a run"

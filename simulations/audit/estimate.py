@@ -45,7 +45,7 @@ def measured_epsilon(
     each at its worse end: it holds epsilon at the true parameters in 95 % of audits at least.
     """
     claimed = run_releases(config)
-    has = {release.mechanism for release in claimed}
+    has = {release.mechanism.removeprefix("secure-") for release in claimed}
     low, high = _interval(*drawn)
     rate = drawn[0] / drawn[1] if drawn[1] else config.privacy.sample_rate
     errors = [_error(measured) for measured in (noise, moment_noise)]
@@ -53,7 +53,7 @@ def measured_epsilon(
     def epsilon(sample_rate: float, errors_off: float) -> float:
         at = []
         for release in claimed:
-            moments = release.mechanism == "moments"
+            moments = release.mechanism.endswith("moments")
             ratio, _ = moment_noise if moments else noise
             ratio = (ratio + errors_off * errors[moments]) / (1.0 if moments else contribution)
             sigma = release.noise_multiplier * max(ratio, 1e-3)

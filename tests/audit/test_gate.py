@@ -11,6 +11,7 @@ from client.app import create_app
 from common.config import RunConfig
 from common.errors import ConfigError
 from simulations.audit.canaries import make_canaries
+from simulations.audit.estimate import measured_epsilon
 from simulations.audit.gate import GateReport, audit_gate
 from simulations.audit.stages import SHORT, Effort
 from tests.audit import plants
@@ -182,6 +183,16 @@ def test_canaries_are_told_apart_by_all_discriminators() -> None:
         assert len(norms) >= 8
         assert sum(canaries.layers) == len(canaries.weights) == canaries.contributions.shape[1]
         assert (canaries.config.model.discriminator == "dcgan") == (discriminator in ("dcgan", "conv-dropout"))
+
+
+@pytest.mark.parametrize("privacy_model", ["local", "distributed"])
+def test_what_was_measured_as_charged_costs_what_is_claimed(privacy_model: str) -> None:
+    """Also where most of the budget is the moment release's, whose rate is 1."""
+    config = tiny_config(privacy_model=privacy_model, moment_noise_multiplier=0.8)
+    rate = config.privacy.sample_rate
+    found = measured_epsilon(config, (1.0, 10**9), 1.0, (round(rate * 10**6), 10**6), (1.0, 10**9))
+    assert found.epsilon == pytest.approx(found.claimed, rel=1e-3)
+    assert None not in (found.noise, found.moment_noise, found.sample_rate)
 
 
 def test_a_run_without_privacy_has_nothing_to_audit(tmp_path: Path) -> None:
