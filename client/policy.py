@@ -63,6 +63,10 @@ class OwnerPolicy(FaceSource):
         "",
         "public key of the ledger in state-dir, as `visard client init` made it: without it, or with another, nothing is answered",
     )
+    coordinator: str = option(
+        "",
+        "kit of the only coordinator that is answered, as `visard client join` sets it; none: no node can be started",
+    )
     max_epsilon: float = field(metadata={"help": "budget of these faces over all runs and coordinators, ever"})
     delta: float = option(1e-5, "delta of that budget; a ledger keeps the one that it began with")
     unit: PrivacyUnit = option(
@@ -126,7 +130,13 @@ class OwnerPolicy(FaceSource):
             require(
                 not config, f"policy = {path} and beside it {', '.join(sorted(config))}: write all keys into that file"
             )
-            return cls.from_file(path)
+            policy = cls.from_file(path)
+            require(
+                not policy.coordinator,
+                f"{path} names the kit of a coordinator, and flower-supernode cannot check who asks: start `visard client start`, or "
+                "keep a policy without it for Flower's node",
+            )
+            return policy
         if "data" not in config and "partition-id" in context.node_config and _in_ray_worker():
             config |= simulated_owner(context.node_config, context.run_config, context.run_id)
         return cls.from_config(config)

@@ -21,7 +21,7 @@ _HEADER = """\
 # What the owner of these faces allows. No coordinator can change or see it; whatever is outside it is refused before a
 # face is looked at. Keep it from others' hands. Paths are relative to this file's folder.
 """
-_PATHS = ("data", "attributes", "state-dir")
+_PATHS = ("data", "attributes", "state-dir", "coordinator")
 
 
 def load_policy_file(path: Path) -> dict[str, Scalar | Sequence[str]]:

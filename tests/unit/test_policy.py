@@ -260,3 +260,14 @@ def test_every_way_of_reading_is_the_owner_s_to_choose() -> None:
 def test_a_policy_cannot_be_loosened_in_place() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy_of(OWNER).max_epsilon = 4.0  # type: ignore[misc]
+
+
+def test_flower_s_own_node_does_not_answer_for_a_policy_that_names_its_coordinator(tmp_path: Path) -> None:
+    """It could not check who asks: the message's seal is gone, or never was, when the app gets it."""
+    keys = f'data = "faces"\nstate-dir = "state"\nmax-epsilon = 3.0\nledger = "{"0" * 64}"\n'
+    path = tmp_path / "owner.toml"
+    path.write_text(keys)
+    assert policy_of({"policy": str(path)}).max_epsilon == 3.0
+    path.write_text(keys + 'coordinator = "clinic.kit.toml"\n')
+    with pytest.raises(ConfigError, match="flower-supernode cannot check who asks: start `visard client start`"):
+        policy_of({"policy": str(path)})
