@@ -1,4 +1,4 @@
-"""`visard client init`, `check` and `start`: one owner's node. What is slow to import is imported when it is used."""
+"""`visard client init`, `check` and `peers`: what one owner decides. What is slow to import is imported when it is used."""
 
 import inspect
 import sys
@@ -99,7 +99,7 @@ def init(
         keys[key_of(f.name)] = (given.get(key_of(f.name), default), default, f.metadata["help"])
     write_policy_file(out, keys)
     policy = OwnerPolicy.from_file(out)
-    console.print(_told(policy), highlight=False, markup=False, soft_wrap=True)
+    console.print(told(policy), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{out} is written: read and edit it, then\n  visard client check --policy {out} RECIPE   # what a run would cost\n"
         f"  visard client start --policy {out}\n"
@@ -182,40 +182,8 @@ def check_command(load_recipe: LoadRecipe) -> Callable[..., None]:
     return with_run_options(check, ("model", "privacy", "augmentation", "moments", "training"))
 
 
-def start(
-    policy: PolicyOption = _POLICY,
-    coordinator: Annotated[str, typer.Option(help="HOST:PORT of the coordinator, loopback only")] = "127.0.0.1:9092",
-) -> None:
-    """Train with these faces for a coordinator, until stopped with Ctrl-C.
-
-    Runs only what is installed here, never code that a coordinator sends, and refuses every round that the policy does not allow.
-    Waits for a coordinator that is not up yet. A policy that was edited takes effect at the next start.
-
-    TLS, node keys and supervision are a later addition: until then the coordinator must be on this machine.
-    """
-    with console.status("starting"):
-        from client.app import app
-        from client.node import run_node
-        from client.policy import OwnerPolicy
-        from client.policy_file import check_places
-        from client.run_check import spent
-        from common.faces.loading import check_source
-        from common.privacy.units import PrivacyModel
-
-        owner = OwnerPolicy.from_file(policy)
-        check_places(owner)
-        # An error in a round comes after its charge, and the coordinator sees that there was one.
-        check_source(owner.source)
-        before = spent(owner)
-    console.print(_told(owner), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"epsilon {before.epsilon:.4g} of it is spent", highlight=False)
-    if PrivacyModel.NONE in owner.allowed_privacy_models:
-        console.print("[bold white on red] NO PRIVACY [/] runs without any protection are answered", highlight=False)
-    run_node(coordinator, app, owner.to_flat())
-    console.print("stopped", highlight=False)
-
-
-def _told(owner: "OwnerPolicy") -> str:
+def told(owner: "OwnerPolicy") -> str:
+    """What an owner allows, in a line."""
     return (
         f"{owner.data}: at most epsilon {owner.max_epsilon:g} (delta {owner.delta:g}) for each {owner.unit}, ledger in "
         f"{owner.state_dir}"

@@ -1,177 +1,216 @@
-"""The node process: one long-lived process that answers a SuperLink's messages with the ClientApp installed here.
+"""The node process: one long-lived process that answers a coordinator's messages with the ClientApp installed here.
 
 Flower's own SuperNode runs whatever app the coordinator sends, in a new process for each message. That would void a
-budget that the owner enforces, and import torch in every round. This node speaks the same Fleet protocol but never
-fetches an app: a coordinator can ask only what the installed ClientApp answers. Nor does it read the coordinator's
-run config: all that is asked is in the message.
+budget that the owner enforces, and import torch in every round. This node speaks Flower's Fleet protocol but never
+fetches an app: a coordinator can ask only what the installed ClientApp answers, and only under the signing key that the
+owner has pinned. Nor does it read the coordinator's run config: all that is asked is in the message.
 
 The parts of Flower used here are not documented; `common.flower` refuses untested versions.
 """
 
 import contextlib
+import datetime
+import email.utils
 import logging
+import secrets
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import httpx
-from flwr.app import Context, Error, Message, RecordDict, UserConfigValue
-from flwr.app.message import remove_content_from_message
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict, UserConfigValue
+from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode
-from flwr.common.serde import message_to_proto
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
-    RegisterNodeFleetRequest,
-    UnregisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from common.errors import ProtocolError
-from common.flower import loopback_address, quiet_flower_log, require_tested_flower
+from client.node_status import NodeStatus
+from common.errors import ConfigError, ProtocolError
+from common.flower import quiet_flower_log, require_tested_flower
+from common.kit import Kit, node_id_of
+from common.seal import open_sealed
+from common.telling import plain
 
 log = logging.getLogger("visard.client")
 
-_SHORTEST_WAIT_S = 0.02
-_LONGEST_POLL_WAIT_S = 0.25
-_LONGEST_RETRY_WAIT_S = 2.0
-_DOWNLOAD_TIMEOUT_S = 30.0
+_RANDOM = secrets.SystemRandom()
+
+_HEARTBEAT_S = 10.0
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 30.0
+# After this long without an answer the owner is told.
+_TELL_AFTER_S = 2.0
+# For each step of a farewell: whoever stops a node does not wait for a coordinator that is silent.
+_FAREWELL_S = 0.4
+_TOO_LARGE = 413
+_TURN_S = 1.0
+# Of a coordinator that is busy, or of what stands before one that is down.
+_TEMPORARY = (429, 502, 503, 504)
 
 
 class _Stopped(BaseException):
     """SIGTERM or Ctrl-C. Not an Exception, so that no handler on the way takes it for a failure of the app."""
 
 
-def run_node(superlink: str, client_app: ClientApp, node_config: Mapping[str, UserConfigValue]) -> None:
-    """Answer the messages of the SuperLink at `superlink` (HOST:PORT) with `client_app` until SIGTERM or Ctrl-C.
+class _RefusedError(Exception):
+    """The coordinator answered a call with an error."""
 
-    node_config: what the owner decided; the app finds it in `context.node_config`. `context.run_config` is empty, and
-    `context.state` is kept in memory for as long as the run lasts.
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
-    Waits for a SuperLink that is not up yet or goes away, for ever, and registers again where it was forgotten. An
+
+def run_node(
+    kit: Kit,
+    key: EllipticCurvePrivateKey,
+    client_app: ClientApp,
+    node_config: Mapping[str, UserConfigValue],
+    status: NodeStatus,
+    max_message_bytes: int = 1 << 30,
+) -> None:
+    """Answer the messages of the coordinator that made `kit` with `client_app` until SIGTERM or Ctrl-C.
+
+    key: the node's, whose public half the coordinator approves. node_config: what the owner decided; the app finds it in
+    `context.node_config`. `context.run_config` is empty, and `context.state` is kept in memory for as long as the run
+    lasts. max_message_bytes: a longer response of the coordinator is not read.
+
+    Waits for a coordinator that is not up, does not know this node yet or goes away, for ever and ever less often. An
     exception out of the app is answered with its class name alone.
 
-    Raises ConfigError on a malformed address or a Flower that was not tested, and ProtocolError on an address that is
-    not loopback or a SuperLink that refuses this node.
+    Raises ConfigError on a Flower that was not tested, or where the first answer comes from a
+    machine that cannot show a certificate of the kit's authority; once connected it waits for the right one instead.
     """
     require_tested_flower()
     quiet_flower_log()
-    loopback_address(superlink)
     with _signals_as_stop(), contextlib.suppress(_Stopped):
-        node = _WarmNode(superlink, client_app, node_config)
+        node = _WarmNode(kit, key, client_app, node_config, status, max_message_bytes)
         try:
             while True:
                 node.serve_until_forgotten()
         finally:
             node.stopping.set()
+            status.connection("stopped")
 
 
 class _WarmNode:
-    """One ClientApp and any number of connections, one after the other, each under a new key."""
+    """One ClientApp and any number of connections, one after the other, under one key."""
 
-    def __init__(self, superlink: str, client_app: ClientApp, node_config: Mapping[str, UserConfigValue]) -> None:
-        self._superlink = superlink
+    def __init__(
+        self,
+        kit: Kit,
+        key: EllipticCurvePrivateKey,
+        client_app: ClientApp,
+        node_config: Mapping[str, UserConfigValue],
+        status: NodeStatus,
+        max_message_bytes: int,
+    ) -> None:
+        self._kit, self._key, self._status = kit, key, status
+        self._signing_key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(kit.signing_key))
         self._client_app = client_app
         self._node_config = dict(node_config)
+        self._limit = max_message_bytes
         self._context = Context(0, 0, {}, RecordDict(), {})
+        self._was_connected = False
+        self._again_s = _SHORTEST_WAIT_S
         self.stopping = threading.Event()
 
     def serve_until_forgotten(self) -> None:
-        """Register, answer messages, and return when the SuperLink no longer knows this node."""
-        private_key, public_key = generate_key_pairs()
-        interceptors: list[Any] = [
-            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            NodeAuthHttpInterceptor(private_key, public_key),
-        ]
-        with FleetHttpClient.from_server_address(self._superlink, True, None, interceptors) as client:
-            node = self._register(client, public_key_to_bytes(public_key))
-            log.info("joined the SuperLink at %s as node %d", self._superlink, node.node_id)
-            heartbeat = HeartbeatSender(lambda: _heartbeat(client, node))
-            heartbeat.start()
+        """Connect, answer messages, and return when the coordinator no longer knows this node."""
+        public_key = public_key_to_bytes(self._key.public_key())
+        client = FleetHttpClient.from_server_address(
+            self._kit.address,
+            False,
+            self._kit.ca.encode(),
+            [NodeAuthHttpInterceptor(self._key, self._key.public_key())],
+        )
+        # Called before a body is read.
+        client._client.event_hooks = {"response": [self._check_response]}
+        client._client.follow_redirects = False
+        left = threading.Event()
+        with client:
+            activation = ActivateNodeRequest(public_key=public_key, heartbeat_interval=_HEARTBEAT_S)
+            self._retry(client.ActivateNode, activation, unknown_is_final=False)
+            # Not as the answer says: seals are for this node's own id.
+            node = Node(node_id=node_id_of(public_key))
             try:
+                self._was_connected = True
+                self._status.connection("connected")
+                log.info("connected to the coordinator at %s", self._kit.address)
+                threading.Thread(target=self._beat, args=(client, node, left), name="heartbeat", daemon=True).start()
                 self._serve(client, node)
             finally:
-                with contextlib.suppress(httpx.HTTPError):
+                left.set()
+                client._client.timeout = _FAREWELL_S
+                with contextlib.suppress(httpx.HTTPError, ProtocolError, ValueError):
                     client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
-                    client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
-                if heartbeat.is_running:
-                    heartbeat.stop()
-
-    def _register(self, client: FleetHttpClient, public_key: bytes) -> Node:
-        activation = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        try:
-            self._retry(client.RegisterNode, RegisterNodeFleetRequest(public_key=public_key))
-            return Node(node_id=self._retry(client.ActivateNode, activation).node_id)
-        except _RefusedError as error:
-            raise ProtocolError(f"the SuperLink at {self._superlink} refuses this node: {error}") from error
 
     def _serve(self, client: FleetHttpClient, node: Node) -> None:
         wait_s = _SHORTEST_WAIT_S
         while True:
             try:
+                # The coordinator holds this until it asks for something, some seconds at most.
+                asked_at = time.monotonic()
                 pulled = self._retry(client.PullMessages, PullMessagesRequest(node=node))
+                self._again_s = _SHORTEST_WAIT_S
+                if not pulled.messages_list and time.monotonic() - asked_at < _TURN_S:
+                    # Sent away: another process with this key asks too, or the coordinator is about to end.
+                    self.stopping.wait(_TURN_S)
+                for asked in pulled.messages_list:
+                    self._push(client, node, self._answer(asked, node.node_id))
+                    wait_s = _SHORTEST_WAIT_S
             except _RefusedError as error:
-                log.warning("the SuperLink no longer knows this node (%s); joining again", error)
-                time.sleep(_LONGEST_POLL_WAIT_S)
+                log.info("the coordinator no longer knows this node (%s); connecting again", error)
+                self._status.connection(f"refused: {error}")
+                self.stopping.wait(self._again_s)
+                self._again_s = min(2 * self._again_s, _LONGEST_WAIT_S)
                 return
-            for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-                try:
-                    self._answer(client, node, proto.metadata.run_id, tree)
-                except Exception as error:
-                    # The run ended, the message expired, the coordinator died half way through sending it, or sent
-                    # what Flower cannot read. The next message may be better.
-                    log.warning("a message was dropped: %s", type(error).__name__)
-            wait_s = _SHORTEST_WAIT_S if pulled.messages_list else min(1.5 * wait_s, _LONGEST_POLL_WAIT_S)
-            time.sleep(wait_s)
+            except ProtocolError as error:
+                # Asked again at once it would be refused at once.
+                log.warning("a message was refused: %s", error)
+                self._status.connection(f"refused: {error}")
+                self.stopping.wait(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
-    def _answer(self, client: FleetHttpClient, node: Node, run_id: int, tree: ObjectTree) -> None:
-        def retrying(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            return lambda request: self._retry(call, request)
+    def _answer(self, asked: ProtoMessage, node_id: int) -> Message:
+        """Raises ProtocolError for what the holder of the signing key did not send."""
+        try:
+            sealed = message_from_proto(asked)
+            content = sealed.content if sealed.has_content() else RecordDict()
+        except Exception as error:  # not signed yet: whatever Flower makes of bytes that anybody wrote
+            raise ProtocolError(f"a message that cannot be read ({type(error).__name__})") from error
+        message = make_message(sealed.metadata, open_sealed(content, self._signing_key, time.time(), node_id))
+        self._status.asked(*_round_of(message.content))
+        reply = self._run_app(message, self._context_of(message.metadata.run_id, node_id))
+        self._status.answered((reply.error.reason or "error") if reply.has_error() else "")
+        return reply
 
-        message = pull_and_inflate_object_from_tree(
-            tree,
-            make_pull_object_fn_protobuf(retrying(client.PullObject), node, run_id),
-            make_confirm_message_received_fn_protobuf(retrying(client.ConfirmMessageReceived), node, run_id),
-            return_type=Message,
-            max_time=_DOWNLOAD_TIMEOUT_S,
-            initial_backoff=_SHORTEST_WAIT_S,
-            backoff_cap=0.5,
-        )
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        reply = self._run_app(message, self._context_of(run_id, node.node_id))
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        with no_object_id_recompute():
-            # Flower would report the app's run time here; it depends on how many faces were drawn, so it stays.
-            push = PushMessagesRequest(
-                node=node,
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[get_object_tree(reply)],
-            )
-            pushed = self._retry(client.PushMessages, push)
-            push_objects(
-                get_all_nested_objects(reply),
-                make_push_object_fn_protobuf(retrying(client.PushObject), node, run_id, pushed.session_id),
-                object_ids_to_push=set(pushed.objects_to_push),
-            )
+    def _push(self, client: FleetHttpClient, node: Node, reply: Message) -> None:
+        # Flower would report the app's run time here; it depends on how many faces were drawn, so it stays.
+        try:
+            self._retry(client.PushMessages, PushMessagesRequest(node=node, messages_list=[message_to_proto(reply)]))
+        except _RefusedError as error:
+            if error.status != _TOO_LARGE or reply.has_error():
+                raise
+            log.error("the coordinator takes no answer of this size: %s", error)
+            about = reply.metadata
+            refusal = make_message(about, error=Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "MalformedUpdate"))
+            self._push(client, node, refusal)
 
     def _run_app(self, message: Message, context: Context) -> Message:
         try:
@@ -189,39 +228,86 @@ class _WarmNode:
             self._context = Context(run_id, node_id, dict(self._node_config), RecordDict(), {})
         return self._context
 
-    def _retry(self, call: Callable[[Any], Any], request: Any) -> Any:
-        """Call until the SuperLink answers. Raises _RefusedError where its answer is an error."""
-        wait_s, down_since = _SHORTEST_WAIT_S, time.monotonic()
-        warned = False
+    def _beat(self, client: FleetHttpClient, node: Node, left: threading.Event) -> None:
+        while not left.wait(_HEARTBEAT_S) and not self.stopping.is_set():
+            with contextlib.suppress(httpx.HTTPError, ProtocolError, RuntimeError, ValueError):
+                client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_S))
+
+    def _check_response(self, response: httpx.Response) -> None:
+        length = response.headers.get("content-length", "")
+        # Either would make a body longer than its length says.
+        encoding = response.headers.get("content-encoding", "") + response.headers.get("transfer-encoding", "")
+        if encoding or not length.isdecimal() or int(length) > self._limit:
+            raise ProtocolError(
+                f"a response of {length[:20] or '?'} bytes {encoding[:20]} is not read; the limit is {self._limit}"
+            )
+
+    def _retry(self, call: Callable[[Any], Any], request: Any, *, unknown_is_final: bool = True) -> Any:
+        """Call until the coordinator answers.
+
+        unknown_is_final: raise _RefusedError where it does not know this node; otherwise that is waited for as well.
+        """
+        wait_s, down_since, told = _SHORTEST_WAIT_S, time.monotonic(), ""
         while True:
             try:
                 answer = call(request)
-            except httpx.TransportError as error:
-                if not warned and time.monotonic() - down_since > 1.0:
-                    log.warning("waiting for the SuperLink at %s (%s)", self._superlink, type(error).__name__)
-                    warned = True
             except httpx.HTTPStatusError as error:
-                if error.response.status_code not in (502, 503, 504):
-                    raise _RefusedError(f"status {error.response.status_code}: {error.response.text[:200]}") from error
+                status, reason = error.response.status_code, plain(error.response.text[:300])
+                if status not in _TEMPORARY and unknown_is_final:
+                    raise _RefusedError(status, f"{reason} (status {status})") from error
+                problem = f"refused: {reason} (status {status}){_clock_hint(error.response)}"
+            except httpx.TransportError as error:
+                problem = self._outage(error)
+            except (ProtocolError, ValueError) as error:  # a response that is too long, or none of Flower's
+                problem = f"refused: {error}"
             else:
-                if warned:
-                    log.warning("the SuperLink is back after %.0f s", time.monotonic() - down_since)
+                if told:
+                    log.warning("the coordinator is back after %.0f s", time.monotonic() - down_since)
+                    self._status.connection("connected")
                 return answer
-            # Flower's transfer threads wait here too, and would keep a stopped process alive.
-            if self.stopping.wait(wait_s):
-                raise _RefusedError("stopped")
-            wait_s = min(2 * wait_s, _LONGEST_RETRY_WAIT_S)
+            if problem != told and (time.monotonic() - down_since > _TELL_AFTER_S or problem.startswith("refused")):
+                log.warning("waiting for the coordinator at %s: %s", self._kit.address, problem)
+                self._status.connection(problem)
+                told = problem
+            # Not all nodes at once.
+            if self.stopping.wait(wait_s * _RANDOM.uniform(0.8, 1.2)):
+                raise _RefusedError(0, "stopped")
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    def _outage(self, error: httpx.TransportError) -> str:
+        """What to tell of it. Raises ConfigError where the certificate is wrong before there was any connection."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            return f"no connection ({type(error).__name__})"
+        problem = (
+            f"the machine at {self._kit.address} has no certificate of the invitation's authority for that name "
+            f"({cause.verify_message}): the invitation is of another coordinator or out of date, or somebody stands between"
+        )
+        if not self._was_connected:
+            raise ConfigError(problem) from error
+        return f"refused: {problem}"
 
 
-class _RefusedError(Exception):
-    """The SuperLink answered a call with an error."""
+def _round_of(content: RecordDict) -> tuple[str, int]:
+    """The run and the round that instructions are of, for the owner's eyes; "", 0 for other messages."""
+    asked = content.get("instructions")
+    if isinstance(asked, ConfigRecord):
+        run, number = asked.get("run_id"), asked.get("server_round")
+        if isinstance(run, str) and isinstance(number, int):
+            return run[:64], number
+    return "", 0
 
 
-def _heartbeat(client: FleetHttpClient, node: Node) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL))
-        return True
-    return False
+def _clock_hint(response: httpx.Response) -> str:
+    """Where the clocks differ: signatures over the time are refused then."""
+    with contextlib.suppress(KeyError, ValueError):
+        there = email.utils.parsedate_to_datetime(response.headers["date"])
+        ahead = (datetime.datetime.now(datetime.UTC) - there).total_seconds()
+        if abs(ahead) > 3:
+            return f"; this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's: set it"
+    return ""
 
 
 @contextlib.contextmanager

@@ -6,10 +6,9 @@ and that change without notice, so they refuse every version but the one they we
 
 import logging
 from importlib import metadata
-from ipaddress import ip_address
 from typing import Final
 
-from common.errors import ConfigError, ProtocolError
+from common.errors import ConfigError
 
 TESTED_VERSION: Final = "1.41.0"
 
@@ -37,24 +36,3 @@ def require_tested_flower() -> None:
 def quiet_flower_log() -> None:
     """Keep Flower's log to warnings. Call it after importing flwr, which sets its logger to DEBUG."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
-
-
-def loopback_address(address: str) -> tuple[str, int]:
-    """Split `HOST:PORT` (or `[::1]:PORT`) of this machine's loopback interface into host and port.
-
-    Raises ConfigError where it is not an address, and ProtocolError where it is one of another interface: without TLS
-    and node keys whoever reaches the port could run code on the coordinator.
-    """
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{address!r} is not an address; write HOST:PORT, for example 127.0.0.1:9092")
-    try:
-        is_loopback = ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise ProtocolError(
-            f"{address!r} is not on the loopback interface, and TLS and node keys are a later addition; use 127.0.0.1"
-        )
-    return host, int(port)

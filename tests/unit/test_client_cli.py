@@ -217,12 +217,10 @@ def test_the_least_that_is_protected_is_written_as_a_word(folder: Path) -> None:
     assert written(folder / "owner.toml").unit is PrivacyUnit.IMAGE
 
 
-@pytest.mark.parametrize("command", ["client", "coordinator"])
-def test_help_says_what_is_not_there_yet(command: str) -> None:
-    shown = visard(command, "start", "--help")
-    assert shown.exit_code == 0
-    text = " ".join(shown.output.split())
-    assert "TLS, node keys and supervision are a later addition" in text
+def test_a_node_without_a_coordinator_is_told_how_to_join(folder: Path) -> None:
+    assert visard("client", "init", "--data", "procedural:persons=4,images=2").exit_code == 0
+    with pytest.raises(ConfigError, match="visard client join KIT --policy owner\\.toml"):
+        CliRunner().invoke(build(), ["client", "start"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
