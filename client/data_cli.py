@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import track
 
 from client.cli import with_source_options
-from common.faces.places import local_path, refuse_among
 from common.privacy.units import PrivacyUnit
 from common.sections import FaceSource
 
@@ -67,6 +66,8 @@ def check(
 
 def _folder(data: str, out: Path | None) -> Path | None:
     """Where to write; None for a source without a path. Raises ConfigError where that is among the faces."""
+    from common.faces.places import local_path, refuse_among
+
     if out is not None:
         refuse_among(out, data)
         return out.expanduser().resolve()

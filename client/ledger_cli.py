@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import ConfigError, LedgerCorrupt
-from common.faces.places import refuse_among
 from common.files import write_atomically
 
 console = Console()
@@ -205,4 +204,6 @@ def _refuse_beside(out: Path, file: Path) -> None:
     if out.expanduser().resolve().parent == folder:
         raise ConfigError(f"--out {out} lies beside the ledger, where nothing else is written: name another folder")
     if folder.suffix == ".visard":
+        from common.faces.places import refuse_among
+
         refuse_among(out, str(folder.with_suffix("")))

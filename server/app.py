@@ -26,7 +26,7 @@ from server.records import RunRecorder
 from server.witness import Witness
 
 # What a run may do otherwise when it is resumed: neither its promise nor its result depends on it.
-CHANGEABLE = ("min-clients", "round-timeout-s", "sample-every", "stop-when", "reference")
+CHANGEABLE = ("min-clients", "round-timeout-s", "straggler-wait-s", "sample-every", "stop-when", "reference")
 
 app = ServerApp()
 
@@ -69,18 +69,28 @@ def open_run(
     return state
 
 
+def dimensions(state: CoordinatorState) -> dict[Stage, int]:
+    """The length of the vectors that clients send in each stage that the run has."""
+    config, found = state.config, {}
+    if config.moments.moment_rounds:
+        features = RandomFeatures(config.model.image_size, config.model.channels, config.moments.feature_seed)
+        found[Stage.MOMENTS] = features.dim * max(config.model.num_classes, 1)
+    if config.training.num_rounds:
+        found[Stage.GRADIENTS] = num_parameters(state.discriminator)
+    return found
+
+
 def check_sums(state: CoordinatorState) -> None:
     """Raise ConfigError where the secure sum of a distributed run would not fit its 32 bits: before anything is charged."""
     config = state.config
     if config.privacy.privacy_model is not PrivacyModel.DISTRIBUTED:
         return
-    if config.moments.moment_rounds:
-        features = RandomFeatures(config.model.image_size, config.model.channels, config.moments.feature_seed)
-        dimension = features.dim * max(config.model.num_classes, 1)
-        lattice_for(config.privacy, Stage.MOMENTS, config.moments.moment_noise_multiplier, dimension)
-    if config.training.num_rounds:
-        dimension = num_parameters(state.discriminator)
-        lattice_for(config.privacy, Stage.GRADIENTS, config.privacy.noise_multiplier, dimension)
+    noise = {
+        Stage.MOMENTS: config.moments.moment_noise_multiplier,
+        Stage.GRADIENTS: config.privacy.noise_multiplier,
+    }
+    for stage, dimension in dimensions(state).items():
+        lattice_for(config.privacy, stage, noise[stage], dimension)
 
 
 def with_places(config: RunConfig) -> RunConfig:
@@ -110,7 +120,7 @@ def run(grid: Grid, state: CoordinatorState, directory: Path, observers: Sequenc
     coordinate(
         state,
         judge,
-        Exchange(grid, state.config.training),
+        Exchange(grid, state.config.training, getattr(grid, "peer_key", None), getattr(grid, "names", dict)),
         CheckpointStore(directory),
         [recorder, witness, *observers],
     )

@@ -6,6 +6,7 @@ never drawn twice the same.
 """
 
 import copy
+import errno
 import json
 import uuid
 from dataclasses import dataclass, field
@@ -151,8 +152,10 @@ class CheckpointStore:
         try:
             write_atomically(self.path, content)
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise CheckpointError(
-                f"cannot write {len(content)} bytes to {self.path}: {error}. The last checkpoint is whole: make room, then --resume"
+                f"cannot write {len(content)} bytes to {self.path}: {error}. The last checkpoint is whole: "
+                f"{'make room' if full else 'see to the disk and to who may write there'}, then go on with the run"
             ) from error
 
     def load(self) -> CoordinatorState:

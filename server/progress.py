@@ -34,6 +34,8 @@ class ProgressBar:
         steps, fitted = config.moments.moment_steps * config.moments.moment_rounds, config.moments.moment_rounds > 0
         self._fit = self._progress.add_task("moments", total=steps, figures="", start=False, visible=fitted)
         self._rounds = self._progress.add_task("rounds ", total=state.last_round, figures="", start=False)
+        # Of a run that is gone on with, some are done.
+        self._progress.update(self._fit, completed=min(state.generator_steps, steps))
         self._progress.update(self._rounds, completed=state.next_round - 1)
 
     def __enter__(self) -> Self:

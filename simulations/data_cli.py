@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.faces.places import refuse_among
 from common.options import with_run_options
 from simulations.recipe import load_recipe, recipe_names
 
@@ -28,6 +27,8 @@ def _show(
     The picture has a few faces of each client. Nothing is trained.
     """
     config = load_recipe(recipe, overrides or {})
+    from common.faces.places import refuse_among
+
     refuse_among(out, config.simulation.data)
     with console.status("dealing out the faces"):
         from common.fields import listed

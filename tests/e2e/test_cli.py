@@ -17,8 +17,8 @@ import tomli_w
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import server.app
 import server.superlink
+import server.worker
 import simulations.simulate
 import visard
 from client.app import app
@@ -163,17 +163,24 @@ class Stop:
             raise KeyboardInterrupt
 
 
+class NamedGrid(InProcessGrid):
+    """Knows its nodes' names."""
+
+    def names(self) -> dict[int, str]:
+        return {node: f"node-{node}" for node in self.get_node_ids()}
+
+
 @pytest.fixture
 def coordinator(run: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """`visard coordinator start` with clients in this process in the place of connected ones."""
+    """The worker of `visard coordinator start` in this process, and clients in the place of connected ones."""
 
     @contextlib.contextmanager
-    def grid(_address: str, directory: Path) -> Iterator[InProcessGrid]:
-        owners = tmp_path / "owners" / "-".join(directory.parts)
+    def grid(*_given: object) -> Iterator[InProcessGrid]:
         shares = [random_faces(4, 2, seed=client) for client in range(3)]
-        yield InProcessGrid(app, node_configs(owners, tiny_config(), shares))
+        yield NamedGrid(app, node_configs(tmp_path / "owners", tiny_config(), shares))
 
     monkeypatch.setattr(server.superlink, "superlink_grid", grid)
+    monkeypatch.setattr(server.worker, "follow", lambda _supervisor: None)
     return run
 
 
@@ -201,43 +208,37 @@ def test_ctrl_c_tells_a_command_that_goes_on(run: Terminal, tmp_path: Path, monk
         assert "stopped: done" in out
 
 
-def test_ctrl_c_tells_the_coordinator_s_command(
-    coordinator: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for given in ([], ["--runs-dir", "other", "--address", "127.0.0.1:9093"]):
-        Stop(monkeypatch)
-        code, out, err = coordinator("coordinator", "start", "demo", *COORDINATED, "--name", "mine", *given)
-        assert code == 130, err
-        command = told_command(out)
-        assert ("9093" in out.splitlines()[-1], "other" in command) == (bool(given), bool(given))
-        code, out, err = coordinator(*command)
-        assert code == 0, err
-        assert "mine: done" in out
-        assert "127.0.0.1:9093" in out if given else "127.0.0.1:9092" in out
-
-
-@pytest.mark.parametrize("arguments", [["simulate", "demo", *OPTIONS], ["coordinator", "start", "demo", *COORDINATED]])
-def test_ctrl_c_before_the_first_checkpoint_promises_nothing(
-    coordinator: Terminal, arguments: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_before_the_first_checkpoint_promises_nothing(run: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(server.app, "run", interrupted)
     monkeypatch.setattr(simulations.simulate, "run", interrupted)
-    code, out, _ = coordinator(*arguments)
+    code, out, _ = run("simulate", "demo", *OPTIONS)
     assert code == 130
     assert "nothing is lost" not in out
     assert "--resume" not in out
     assert "start anew" in out
 
 
-def test_both_commands_close_with_the_same_table(coordinator: Terminal) -> None:
+def test_both_commands_close_with_the_same_table(coordinator: Terminal, tmp_path: Path) -> None:
+    folder = tmp_path / "machine"
+    code, out, err = coordinator("coordinator", "init", folder, "--address", "127.0.0.1:9092", *COORDINATED)
+    assert code == 0, err
     tables = []
-    for arguments in (["simulate", "demo", *OPTIONS], ["coordinator", "start", "demo", *COORDINATED]):
-        code, out, err = coordinator(*arguments, "--name", f"table-{arguments[0]}")
+    for arguments in (
+        ["simulate", "demo", *OPTIONS, "--name", "table"],
+        ["coordinator", "worker", folder, "--supervisor", 1],
+    ):
+        code, out, err = coordinator(*arguments)
         assert code == 0, err
         tables.append(dict(re.findall(r"^│ (\S.*?)\s+│ (\S.*?)\s*│$", out, re.MULTILINE)))
+    assert "9092" in out
+    assert str(folder / "runs/demo/samples/final.png") in out
+    code, out, err = coordinator("coordinator", "worker", folder, "--supervisor", 1)
+    assert code == 0, err
+    assert "the run demo is complete" in out
+    assert str(folder / "runs/demo/samples/final.png") in out
+    assert "9092" not in out, "no port is opened for it"
     simulated, coordinated = tables
     assert simulated.pop("worst of 3 ledgers").count("by PRV") == 1
     figures = {"moment loss", "generator loss", "fake accuracy"}
@@ -305,8 +306,7 @@ def test_labels(run: Terminal, tmp_path: Path) -> None:
         (["simulate", "demo", "--epsilon", "0.1"], "ConfigError", "moment release alone"),
         (["simulate", "demo", "--name", "../x"], "ConfigError", "give another --name"),
         (["simulate", "demo", "--name", ""], "ConfigError", "give another --name"),
-        (["coordinator", "start", "demo", "--name", "../x"], "ConfigError", "give another --name"),
-        (["coordinator", "start", "demo", "--name", "-x"], "ConfigError", "give another --name"),
+        (["coordinator", "start", "nowhere"], "ConfigError", "there is no coordinator in nowhere"),
         (["simulate", "demo", "--data", "no/such/[bold]folder[/x]"], "DataError", "[bold]folder[/x]"),
         (["simulate", "demo", "--data", "procedural:people=3"], "DataError", "people=3"),
         (["simulate", "demo", "--resume"], "CheckpointError", "cannot resume"),
