@@ -54,6 +54,7 @@ class RunConfig:
             f"local-steps = {self.training.local_steps} under privacy-model {self.privacy.privacy_model}: a client's weights after "
             "several steps hide more than one clipped gradient a unit; use local-steps 1, or privacy-model local",
         )
+        self._check_aggregation()
         require(
             not private or self.training.checkpoint_every == 1,
             f"checkpoint-every = {self.training.checkpoint_every} in a private run: a coordinator that repeats a round would "
@@ -77,6 +78,21 @@ class RunConfig:
                 batch >= 2 * self.model.num_classes,
                 f"{key} = {batch} is too few for num-classes = {self.model.num_classes}: use {2 * self.model.num_classes} or more",
             )
+
+    def _check_aggregation(self) -> None:
+        model, training = self.privacy.privacy_model, self.training
+        why = {
+            PrivacyModel.DISTRIBUTED: "under a secure sum nobody sees a single update",
+            PrivacyModel.CENTRAL: "the noise is for a sum, which one unit moves by max-grad-norm at most",
+        }.get(model)
+        require(
+            training.aggregator == "mean" or why is None,
+            f"aggregator = {training.aggregator} under privacy-model {model}: {why}; use mean, or privacy-model local",
+        )
+        require(
+            training.cohort_size == 0 or model is not PrivacyModel.DISTRIBUTED,
+            f"cohort-size = {training.cohort_size} under privacy-model {model}: a secure sum is of all its peers; use 0",
+        )
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> Self:

@@ -5,6 +5,7 @@ Everything here but `FaceSource` at a real client is **public**: it travels in c
 
 from dataclasses import dataclass
 
+from common.cohort import AGGREGATORS, least_clients
 from common.fields import between, listed, one_of, option, require
 from common.privacy.secret_sharing import honest_shares
 from common.privacy.units import PrivacyModel, PrivacyUnit
@@ -170,7 +171,20 @@ class TrainingConfig:
     ema_decay: float = option(0.999, "decay of the generator's moving average")
     seed: int = option(0, "seed of the coordinator's initial weights and latents; never of privacy noise")
     min_clients: int = option(2, "clients a round needs")
+    cohort_size: int = option(
+        0,
+        "clients asked in a round where more are connected, others each round; 0: all (visard plan counts every round)",
+    )
     round_timeout_s: float = option(600.0, "seconds the coordinator waits for a round's updates")
+    straggler_wait_s: float = option(
+        0.0, "seconds it waits for the others once min-clients have answered; 0: until round-timeout-s"
+    )
+    aggregator: str = option("mean", f"local, none: what is made of the updates: {', '.join(AGGREGATORS)}")
+    poisoners: float = option(0.2, "share of a round's clients that may lie, for trimmed-mean, krum and multi-krum")
+    update_bound: float = option(
+        4.0,
+        "local, none: longest update over the length expected of an honest one; longer ones are scaled down; 0: none",
+    )
     sample_every: int = option(50, "rounds between two pictures, and between two looks at stop-when's frechet")
     stop_when: str = option(
         "", f"end early at NAME<VALUE or NAME>VALUE, NAME one of {', '.join(FIGURES)}; empty: never"
@@ -187,13 +201,36 @@ class TrainingConfig:
         between(self, ["generator_batch"], 2, 10**5)
         between(self, ["fake_batch"], 1, 10**5)
         between(self, ["local_lr", "discriminator_lr", "generator_lr"], 0, 10, open_low=True)
+        between(self, ["cohort_size"], 0, 10**4)
         between(self, ["round_timeout_s"], 0, 10**6, open_low=True)
+        between(self, ["straggler_wait_s"], 0, 10**6)
+        one_of(self, "aggregator", AGGREGATORS)
+        between(self, ["poisoners"], 0, 0.49)
+        between(self, ["update_bound"], 0, 10**6)
+        self._check_cohort()
         between(self, ["adam_beta1", "ema_decay"], 0, 0.99999)
         between(self, ["seed"], 0, 2**31)
         condition = self.stop_condition
         require(
             condition is None or condition.figure != "frechet" or bool(self.reference),
             f"stop-when = {self.stop_when!r} needs public faces to compare to: give reference",
+        )
+
+    def _check_cohort(self) -> None:
+        require(
+            self.update_bound == 0 or self.update_bound >= 1,
+            f"update-bound = {self.update_bound:g} would shorten every honest update: use 1 or more, or 0 for none",
+        )
+        require(
+            self.cohort_size == 0 or self.cohort_size >= self.min_clients,
+            f"cohort-size = {self.cohort_size} is less than min-clients = {self.min_clients}: no round could be ended; ask more, or "
+            "lower min-clients",
+        )
+        least = least_clients(self.aggregator, self.poisoners)
+        require(
+            self.min_clients >= least,
+            f"aggregator = {self.aggregator} with min-clients = {self.min_clients} and poisoners = {self.poisoners:g}: with fewer than "
+            f"{least} updates it guards against nobody; use --min-clients {least} or more, or another aggregator",
         )
 
     @property

@@ -28,7 +28,8 @@ from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
 from server.aggregation import average, declared_mean
 from server.checkpoint import CheckpointStore, CoordinatorState
-from server.exchange import Exchange
+from server.cohort import cohort_of
+from server.exchange import GO_ON, Exchange
 from server.generator import GeneratorTrainer
 from server.quality import Judge
 from server.secure_exchange import SecureExchange
@@ -71,11 +72,15 @@ def coordinate(
     if config.privacy.privacy_model is PrivacyModel.DISTRIBUTED:
         secure = SecureExchange(exchange, state.sums, state.ledger_heads, config.training, partial(store.save, state))
     store.save(state)
+    # Of a run that is gone on with, whoever was asked last: without the first to come back a round would be another's.
+    back = {int(node) for node, charged in state.charged.items() if charged[2] >= state.next_round - 1}
     voids = 0
     for server_round in range(state.next_round, state.last_round + 1):
         fit_moments(state, trainer, judge, store, observers)
         if state.stopped:
             break
+        exchange.wait_for_return(back)
+        back = set()
         began = time.monotonic()
         before = state.rng.get_state()
         instructions = instructions_for(state, server_round, trainer)
@@ -136,7 +141,7 @@ def coordinate(
         if state.stopped:
             break
     if voids:
-        raise CohortTooSmall(f"the last {voids} rounds are void: --resume ends the run with what it has")
+        raise CohortTooSmall(f"the last {voids} rounds are void: gone on with, the run ends with what it has. {GO_ON}")
     fit_moments(state, trainer, judge, store, observers)
     store.save(state)
 
@@ -182,26 +187,34 @@ def collect(
     random: SecureRandom,
     secure: SecureExchange | None = None,
 ) -> torch.Tensor:
-    """Ask the connected clients and average their vectors: (d,) float32. secure: for the distributed model.
+    """Ask the connected clients, or this round's cohort of them, and average their vectors: (d,) float32.
 
-    What was asked counts as charged, answered or not.
+    secure: for the distributed model. What was asked counts as charged, answered or not.
     """
-    model = state.config.model
+    model, training = state.config.model, state.config.training
     if instructions.stage is Stage.MOMENTS:
         features = RandomFeatures(model.image_size, model.channels, instructions.feature_seed)
         dimension = features.dim * max(model.num_classes, 1)
     else:
         dimension = num_parameters(state.discriminator)
-    nodes = exchange.wait_for_clients(0 if secure is None else secure.least(instructions))
-    state.asked_round = instructions.server_round
-    if instructions.privacy.privacy_model is not PrivacyModel.NONE:
-        for node in nodes:
-            note_charged(state, instructions, node)
-    if secure is not None:
-        total = secure.collect(instructions, nodes, dimension, state.last_round - instructions.server_round + 1)
-        return declared_mean(total, secure.survivors, instructions)
-    updates = exchange.collect(instructions, nodes, dimension, state.ledger_heads)
-    return average(updates, instructions, dimension, random)
+    while True:
+        nodes = exchange.wait_for_clients(0 if secure is None else secure.least(instructions))
+        nodes = cohort_of(nodes, training.cohort_size, state.run_id, instructions.server_round)
+        state.asked_round = instructions.server_round
+        if instructions.privacy.privacy_model is not PrivacyModel.NONE:
+            for node in nodes:
+                note_charged(state, instructions, node)
+        if secure is not None:
+            total = secure.collect(instructions, nodes, dimension, state.last_round - instructions.server_round + 1)
+            return declared_mean(total, secure.survivors, instructions)
+        updates, spent = exchange.collect(instructions, nodes, dimension, state.ledger_heads), len(exchange.spent)
+        try:
+            return average(updates, instructions, dimension, random, training)
+        except CohortTooSmall:
+            # Where budgets of a cohort are spent others take their places: who has answered sends the same again.
+            others = training.cohort_size and len(exchange.nodes()) >= training.min_clients
+            if not others or len(exchange.spent) == spent:
+                raise
 
 
 def note_charged(state: CoordinatorState, instructions: RoundInstructions, node: int) -> None:

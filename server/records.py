@@ -108,7 +108,10 @@ def _scalars(board: SummaryWriter, prefix: str, figures: dict[str, Any], step: i
 
 
 def epsilon_by_node(state: CoordinatorState) -> dict[str, float]:
-    """Epsilon, by RDP, of what each node was asked under its present id; a node that reconnects gets another id."""
+    """Epsilon, by RDP, of what each node was asked under its id.
+
+    A registered node keeps its id; under Flower's engine one that reconnects gets another.
+    """
     cost = {charged: _epsilon(state, *charged) for charged in {(m, s) for m, s, _ in state.charged.values()}}
     return {node: cost[charged[0], charged[1]] for node, charged in state.charged.items()}
 

@@ -25,7 +25,7 @@ from common.secure_messages import (
     UnmaskAnswer,
     lattice_of,
 )
-from server.exchange import Exchange
+from server.exchange import GO_ON, Exchange
 from server.secure_sum import MaskedRound, SumDeal
 
 # Dealing is begun anew without clients that were lost on the way, so many times at most.
@@ -95,7 +95,7 @@ class SecureExchange:
             self._end_where_spent(deal)
             if again:
                 raise RoundVoid(f"round {instructions.server_round} is void: {error}") from error
-            raise CohortTooSmall(f"{error} ({self._exchange.reasons()}): start more clients and --resume") from error
+            raise CohortTooSmall(f"{error} ({self._exchange.reasons()}): start more clients. {GO_ON}") from error
         self._kept |= {"opening": instructions.server_round, "survivors": list(request.survivors)}
         self._save()
         total = self._open(masked, [self._node(place) for place in request.survivors], instructions.server_round)
@@ -113,22 +113,26 @@ class SecureExchange:
     def _gather_peers(self, instructions: RoundInstructions, nodes: list[int]) -> None:
         """Ask every client for its public peer key, once a run. Owners compare what comes of it: a client that pinned another
         set deals nothing."""
-        wanted, keys = instructions.privacy.peers, set()
+        wanted, keys = instructions.privacy.peers, dict[bytes, int]()
         record = KeyRequest(instructions.run_id).to_record()
         for node, content in self._exchange.ask(dict.fromkeys(nodes, record), instructions.server_round):
             with self._exchange.refusing(node):
-                keys.add(KeyAnswer.from_record(content).public_key)
+                told = KeyAnswer.from_record(content).public_key
+                self._exchange.check_peer_key(node, told)
+                keys[told] = node
         if len(keys) != wanted:
+            heard, rest = sorted(keys.values()), sorted(set(nodes) - set(keys.values()))
+            without = f", and not {self._exchange.named(*rest)} ({self._exchange.reasons()})" if rest else ""
             raise CohortTooSmall(
-                f"{len(keys)} clients told a peer key ({self._exchange.reasons()}) and the run says peers = {wanted}: start them all, "
-                "and no others, for the first round"
+                f"{len(keys)} clients told a peer key ({self._exchange.named(*heard)}{without}), and the run says peers = {wanted}: for "
+                f"the first round start all its peers, and stop or revoke every node that is none. {GO_ON}"
             )
         self._kept["peers"] = sorted(key.hex() for key in keys)
         log.info("the peer set is %s: every owner's policy must have this", fingerprint(keys))
         self._save()
 
     def _find_again(self, instructions: RoundInstructions, nodes: list[int]) -> None:
-        """A client that joins again is another node: ask those that are not known which peer they are."""
+        """Under Flower's engine a client that comes back is another node: ask those that are not known which peer they are."""
         held = self._kept.get("nodes", {})
         unknown = set(nodes) - set(held.values()) - self._refused
         if self._deal is None or not unknown:
@@ -136,7 +140,9 @@ class SecureExchange:
         record = KeyRequest(instructions.run_id).to_record()
         for node, content in self._exchange.ask(dict.fromkeys(unknown, record), instructions.server_round):
             with self._exchange.refusing(node):
-                key = KeyAnswer.from_record(content).public_key.hex()
+                told = KeyAnswer.from_record(content).public_key
+                self._exchange.check_peer_key(node, told)
+                key = told.hex()
                 place = str(self._kept["peers"].index(key) + 1) if key in self._kept["peers"] else ""
                 if place in held and held[place] not in nodes:
                     held[place] = node
@@ -182,7 +188,11 @@ class SecureExchange:
             try:
                 places = self._gather(deal, request, left)
             except CohortTooSmall as error:
-                raise CohortTooSmall(f"{error} ({self._exchange.reasons()}); --resume goes on from here") from error
+                problem = CohortTooSmall(f"{error} ({self._exchange.reasons()}). {GO_ON}")
+                # Who died between dealing and telling refuses this number from then on, and deals under the next.
+                if "ProtocolError" in self._exchange.refusals:
+                    continue
+                raise problem from error
             try:
                 self._confirm(deal, places)
             except CohortTooSmall as error:
@@ -207,6 +217,8 @@ class SecureExchange:
         for node, content in self._exchange.ask(dict.fromkeys(nodes, record), request.first_round):
             with self._exchange.refusing(node):
                 answer = DealAnswer.from_record(content)
+                if answer.place <= len(request.peers):
+                    self._exchange.check_peer_key(node, request.peers[answer.place - 1])
                 places[deal.add_dealt(answer)] = node
                 self.bytes_dealt += answer.num_bytes
         deal.close_dealing()
@@ -228,13 +240,19 @@ class SecureExchange:
     def _mask(self, deal: SumDeal, masked: MaskedRound, instructions: RoundInstructions, dimension: int) -> None:
         content = instructions.to_record(map(bytes.fromhex, self._heads.values()))
         connected = set(self._exchange.nodes())
+        # Where too few are, nobody is left out: who went a moment ago is given the message when it is back.
+        wait = sum(self._node(place) in connected for place in deal.dealers) < deal.request.threshold
         records = {}
         for place in deal.dealers:
-            if self._node(place) in connected:
+            if wait or self._node(place) in connected:
                 beside = deal.mask_request(place, first=place not in self._knows).to_record()
                 records[self._node(place)] = type(content)({**content, **beside})
-        places, answered = {self._node(place): place for place in deal.dealers}, set()
-        for node, reply in self._exchange.ask(records, instructions.server_round):
+        places = {self._node(place): place for place in deal.dealers}
+        answered: set[int] = set()
+        replies = self._exchange.ask(
+            records, instructions.server_round, lambda: len(answered) >= deal.request.threshold
+        )
+        for node, reply in replies:
             with self._exchange.refusing(node):
                 update = self._exchange.update_of(reply, instructions, dimension, self._heads)
                 if update.place != places[node]:

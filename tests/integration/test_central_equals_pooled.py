@@ -16,6 +16,7 @@ from common.messages import DiscriminatorUpdate, RoundInstructions, Stage
 from common.models.flat import get_flat, set_flat
 from common.models.losses import LOSSES
 from common.privacy.units import PrivacyUnit
+from common.sections import TrainingConfig
 from server.aggregation import average
 from server.checkpoint import CoordinatorState
 from server.coordinator import collect
@@ -159,5 +160,5 @@ def test_only_central_adds_noise_at_the_coordinator(model: str) -> None:
     config = tiny_config(privacy_model=model)
     instructions = gradient_instructions(config, np.zeros(4, np.float32))
     updates = [DiscriminatorUpdate(RUN_ID, 1, np.full(4, value, np.float32)) for value in (1.0, 2.0, 6.0)]
-    got = average(iter(updates), instructions, 4, keyed("unused"))
+    got = average(iter(updates), instructions, 4, keyed("unused"), TrainingConfig(update_bound=0.0))
     assert got.tolist() == [9.0 / 3 / config.privacy.expected_batch] * 4

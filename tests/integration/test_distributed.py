@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import server.exchange
 from client.secret_store import PEER_KEY
 from common.errors import CohortTooSmall, RoundVoid
 from common.messages import planned_releases
@@ -221,8 +222,11 @@ def test_a_client_that_was_not_dealt_in_costs_a_deal_when_it_comes(folder: Path)
 
 
 @pytest.mark.parametrize("kind", ["confirm", "mask", "unmask"])
-def test_a_coordinator_that_comes_back_finds_all_nodes_under_other_names(folder: Path, kind: str) -> None:
-    """As it is at a new SuperLink. What was charged is not lost."""
+def test_a_coordinator_that_comes_back_finds_all_nodes_under_other_names(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is where all nodes have new keys. What was charged is not lost."""
+    monkeypatch.setattr(server.exchange, "_RETURN_S", 0.2)
     federation = Federation(folder, again=[2, 0, 1], num_clients=3, deal_rounds=50)
 
     def end(step: str) -> None:
