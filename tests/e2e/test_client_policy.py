@@ -53,6 +53,10 @@ def test_init_check_and_a_start_that_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "faces.visard", "owner.toml"]
     assert not (tmp_path / "faces.visard" / "cache").exists(), "looking leaves nothing behind"
 
+    alone = visard(tmp_path, "client", "start")
+    assert alone.returncode == 1
+    assert "owner.toml names no coordinator: get an invitation" in alone.stdout
+    assert "Traceback" not in alone.stdout
     policy = tmp_path / "owner.toml"
     policy.write_text(policy.read_text().replace("max-sample-rate = 0.5", "max-sample-rat = 0.5"))
     misspelt = visard(tmp_path, "client", "start")
