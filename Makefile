@@ -28,6 +28,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/noise_shares.py
 	$(BIN)/python benchmarks/pairs.py
+	$(BIN)/python benchmarks/rounds.py --stock
 
 # torch first: where a CPU build is at hand, later packages then do not pull a CUDA one.
 $(INSTALLED): pyproject.toml constraints.txt
