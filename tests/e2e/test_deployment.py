@@ -29,6 +29,7 @@ def assert_charged_once_a_round(made: Made, name: str) -> None:
         assert 0 < report.epsilon <= 10
 
 
+@pytest.mark.slow
 def test_three_owners_train_together(tmp_path: Path) -> None:
     """And what all the commands say meanwhile; stopped in every way on the way, the same commands go on."""
     recipe = {**SMALL, **DISTRIBUTED, "num-rounds": "24", "deal-rounds": "9"}
@@ -258,6 +259,7 @@ def test_a_wrong_option_is_a_usage_error(run: Terminal, command: str) -> None:
     assert "Traceback" not in out + err
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_once(tmp_path: Path) -> None:
     with deployment(tmp_path, 2, {**SMALL, "privacy-model": "local"}) as made:
         first = made.start_coordinator()

@@ -106,6 +106,7 @@ def network() -> Iterator[Network]:
         yield made
 
 
+@pytest.mark.slow
 def test_machines_of_their_own(network: Network, tmp_path: Path) -> None:
     run = {**SMALL, "privacy-model": "distributed", "peers": "3", "survivors": "3", "num-rounds": "9"}
     run |= {"round-timeout-s": "200"}

@@ -517,6 +517,7 @@ def test_a_message_that_is_too_long_is_not_read(start: Start, machine: Machine) 
         node.stop()
 
 
+@pytest.mark.slow
 def test_a_node_ends_at_once_whatever_it_does(start: Start, machine: Machine) -> None:
     node_id = machine.nodes[0].node_id
     took: dict[str, float] = {}
