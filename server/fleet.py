@@ -85,9 +85,9 @@ class Fleet:
     The app runs in an event loop of its own thread; the other methods may be called from any thread.
     """
 
-    def __init__(self, registry: Registry, run_id: int, max_message_bytes: int) -> None:
-        """run_id: Flower's, of 63 bits. max_message_bytes: of one answer."""
-        self._registry, self._run_id = registry, run_id
+    def __init__(self, registry: Registry, max_message_bytes: int) -> None:
+        """max_message_bytes: of one answer."""
+        self._registry = registry
         self._limit = max_message_bytes
         self._lock = threading.Lock()
         self._peers: dict[int, _Peer] = {}

@@ -171,14 +171,13 @@ def superlink_grid(
     """
     require_tested_flower()
     quiet_flower_log()
-    run_id = secrets.randbits(62) | 1
-    fleet = Fleet(registry, run_id, max_message_bytes)
+    fleet = Fleet(registry, max_message_bytes)
     server = FleetServer(fleet, listen, certificate, key)
     thread = threading.Thread(target=server.serve, name="fleet", daemon=True)
     thread.start()
     try:
         server.wait_until_serving(thread)
-        yield SuperLinkGrid(fleet, signing_key, run_id, thread.is_alive)
+        yield SuperLinkGrid(fleet, signing_key, secrets.randbits(62) | 1, thread.is_alive)
     finally:
         fleet.close()
         server.stop()
