@@ -39,6 +39,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from matplotlib.figure import Figure
+from settings import keep
 
 from client.app import app as shipped_client_app
 from client.secure_sum import SecureSum
@@ -348,9 +349,7 @@ def main() -> None:
     for cell in cells(options) if options.data else ():
         if cell not in rows:
             rows[cell] = measure(str(Path(options.data).resolve()), cell)
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[cell]) + "\n")
+            keep(RESULTS, rows[cell])
     show(rows)
     if options.picture:
         draw(rows, options.picture)

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from settings import keep
 
 from client.app import app as shipped_client_app
 from common.applications.generate import TrainedGenerator
@@ -215,9 +216,7 @@ def main() -> None:
     for cell in cells(options) if options.data else ():
         if cell not in rows:
             rows[cell] = measure(str(Path(options.data).resolve()), cell)
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[cell]) + "\n")
+            keep(RESULTS, rows[cell])
     show(rows)
 
 

@@ -11,7 +11,6 @@ appends to benchmarks/results/rounds.jsonl.
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import socket
@@ -29,6 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
+from settings import keep
 
 from client.node import run_node
 from client.node_status import NodeStatus
@@ -135,17 +135,15 @@ def main() -> None:
         from stock_supernode import stock_round_seconds
 
         rows.append({"node": "flower-supernode", "nodes": 2, "seconds": stock_round_seconds(2, given.parameters, 5)})
-    RESULTS.parent.mkdir(exist_ok=True)
     print(f"{'node':18} {'nodes':>5} {'median s':>9} {'90 % s':>8} {'bytes up, down a node and round'}")
-    with RESULTS.open("a") as file:
-        for row in rows:
-            seconds = row.pop("seconds")
-            row["median_s"] = round(statistics.median(seconds), 4)
-            row["p90_s"] = round(float(np.quantile(seconds, 0.9)), 4)
-            row["rounds"] = len(seconds)
-            size = f"{row['bytes_up']:,.0f} {row['bytes_down']:,.0f}" if "bytes_up" in row else ""
-            print(f"{row['node']:18} {row['nodes']:5} {row['median_s']:9.3f} {row['p90_s']:8.3f} {size}")
-            file.write(json.dumps(about | row) + "\n")
+    for row in rows:
+        seconds = row.pop("seconds")
+        row["median_s"] = round(statistics.median(seconds), 4)
+        row["p90_s"] = round(float(np.quantile(seconds, 0.9)), 4)
+        row["rounds"] = len(seconds)
+        size = f"{row['bytes_up']:,.0f} {row['bytes_down']:,.0f}" if "bytes_up" in row else ""
+        print(f"{row['node']:18} {row['nodes']:5} {row['median_s']:9.3f} {row['p90_s']:8.3f} {size}")
+        keep(RESULTS, about | row)
 
 
 if __name__ == "__main__":

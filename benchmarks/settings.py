@@ -1,6 +1,9 @@
-"""Options of a recipe on a benchmark's command line."""
+"""Options of a recipe on a benchmark's command line, and what it measured, a line of JSON each."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from common.config import flat_fields
 from common.errors import ConfigError
@@ -18,3 +21,10 @@ def settings(items: Iterable[str]) -> dict[str, Scalar]:
         except ValueError:
             raise ConfigError(f"--set {item}: {key} must be a {kind.__name__}") from None
     return found
+
+
+def keep(results: Path, row: Mapping[str, Any]) -> None:
+    """Append what was measured to the file of all results."""
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
