@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from common.errors import DataError
-from common.evaluation.utility import synthetic_accuracy
+from common.errors import ConfigError, DataError
+from common.evaluation.utility import CLASSIFIERS, synthetic_accuracy
 
 
 def _bars(count: int, seed: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,3 +43,49 @@ def test_unlike_shapes_are_refused() -> None:
         synthetic_accuracy(images[:1], labels[:1], images, labels, seed=0)
     with pytest.raises(DataError, match="one shape"):
         synthetic_accuracy(images, labels, images[:, :, :24, :24], labels, seed=0)
+
+
+def test_other_classifiers_learn_the_same_way() -> None:
+    images, labels = _bars(640, 0, 90)
+    test_images, test_labels = _bars(200, 1, 90)
+    for classifier in CLASSIFIERS:
+        good, again, shifted = (
+            synthetic_accuracy(images, truth, test_images, test_labels, seed=0, epochs=3, classifier=classifier)
+            for truth in (labels, labels, (labels + 1) % 4)
+        )
+        assert good == again
+        assert good > 0.95, classifier
+        assert shifted < 0.05, classifier
+
+
+def test_logistic_regression_sees_no_more_than_a_linear_function_can() -> None:
+    """Two pixels, whose exclusive or is the label: the other two tell it."""
+    random = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2, (1280, 2), generator=random)
+    images = torch.zeros(1280, 1, 8, 8, dtype=torch.uint8)
+    images[:, 0, :4, :], images[:, 0, 4:, :] = ((255 * bits[:, i, None, None]).to(torch.uint8) for i in (0, 1))
+    labels = bits[:, 0] ^ bits[:, 1]
+    found = {
+        name: synthetic_accuracy(images[:1024], labels[:1024], images[1024:], labels[1024:], seed=0, classifier=name)
+        for name in CLASSIFIERS
+    }
+    assert found["cnn"] == found["mlp"] == 1.0
+    assert found["logistic"] < 0.8
+
+
+def test_the_test_set_has_no_part_in_the_training() -> None:
+    images, labels = _bars(256, 0, 255)
+    test_images, test_labels = _bars(100, 1, 255)
+    for classifier in CLASSIFIERS:
+        whole = synthetic_accuracy(images, labels, test_images, test_labels, seed=0, epochs=1, classifier=classifier)
+        halves = [
+            synthetic_accuracy(images, labels, *half, seed=0, epochs=1, classifier=classifier)
+            for half in zip(test_images.split(50), test_labels.split(50), strict=True)
+        ]
+        assert whole == pytest.approx(sum(halves) / 2)
+
+
+def test_another_classifier_is_refused() -> None:
+    images, labels = _bars(10, 0, 0)
+    with pytest.raises(ConfigError, match="choose one of cnn, mlp, logistic"):
+        synthetic_accuracy(images, labels, images, labels, seed=0, classifier="forest")
