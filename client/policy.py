@@ -8,11 +8,9 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, get_args, get_type_hints
 
-import torch
 from flwr.app import Context
 
 from client.policy_file import load_policy_file
@@ -20,10 +18,9 @@ from client.simulated import simulated_owner
 from common.errors import ConfigError, PrivacyError
 from common.fields import Scalar, between, convert, key_of, keys_of, listed, option, require
 from common.messages import RoundInstructions, Stage
-from common.models.discriminators import DISCRIMINATORS
-from common.models.flat import num_parameters
+from common.models.discriminators import DISCRIMINATORS, discriminator_size
 from common.privacy.units import PrivacyModel, PrivacyUnit
-from common.sections import FaceSource, ModelConfig
+from common.sections import FaceSource
 
 PolicyValue = Scalar | Sequence[str]
 # What Flower adds to the configuration of a simulated node.
@@ -295,20 +292,6 @@ class OwnerPolicy(FaceSource):
             at_most("max_local_steps", "local-steps", asked.local_steps)
             at_most("max_planned_steps", "planned steps", asked.planned_steps)
         return found
-
-
-@lru_cache(maxsize=64)
-def discriminator_size(model: ModelConfig) -> int:
-    """Parameters of the discriminator that a run names, counted without memory for any of them."""
-    kind = DISCRIMINATORS[model.discriminator]
-    with torch.device("meta"):
-        network = kind(
-            image_size=model.image_size,
-            channels=model.channels,
-            num_classes=model.num_classes,
-            width=model.discriminator_width,
-        )
-    return num_parameters(network)
 
 
 def _parsed(key: str, value: PolicyValue, target: Any) -> Any:

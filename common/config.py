@@ -61,16 +61,23 @@ class RunConfig:
             "draw its noise twice; use 1",
         )
         require(
-            self.moments.moment_rounds + self.training.num_rounds > 0,
-            "moment-rounds = 0 and num-rounds = 0: nothing would be trained; set one of them",
+            self.moments.moment_rounds + self.training.num_rounds + self.training.public_steps > 0,
+            "moment-rounds = 0 and num-rounds = 0: nothing would be trained; set one of them, or public and public-steps",
         )
+        require(
+            bool(self.training.public) == (self.training.public_steps > 0),
+            f"public = {self.training.public!r} and public-steps = {self.training.public_steps}: give faces and how many steps "
+            "to take on them, or neither",
+        )
+        self._check_classifier()
         values = listed(self.simulation.label_values)
         require(
             not values or len(values) == self.model.num_classes,
             f"num-classes = {self.model.num_classes} and {len(values)} label-values: set num-classes to {len(values)}",
         )
         # Labels go round in turn from 0: a smaller batch would leave classes out, and a moment takes two fakes a class.
-        batches = {"moment-batch": self.moments.moment_batch} if self.moments.moment_rounds else {}
+        fits = self.moments.moment_rounds or self.training.public_steps
+        batches = {"moment-batch": self.moments.moment_batch} if fits else {}
         if self.training.num_rounds:
             batches["generator-batch"] = self.training.generator_batch
         for key, batch in batches.items():
@@ -78,6 +85,17 @@ class RunConfig:
                 batch >= 2 * self.model.num_classes,
                 f"{key} = {batch} is too few for num-classes = {self.model.num_classes}: use {2 * self.model.num_classes} or more",
             )
+
+    def _check_classifier(self) -> None:
+        classifies, condition = self.model.loss == "cross-entropy", self.training.stop_condition
+        require(
+            not (classifies and self.training.adaptive),
+            "adaptive under loss = cross-entropy: the discriminator sees no fakes to be poor on; leave adaptive out",
+        )
+        require(
+            not classifies or condition is None or condition.figure != "fake-accuracy",
+            f"stop-when = {self.training.stop_when!r} under loss = cross-entropy: there is no fake-accuracy; name another figure",
+        )
 
     def _check_aggregation(self) -> None:
         model, training = self.privacy.privacy_model, self.training

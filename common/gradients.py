@@ -48,8 +48,10 @@ def fake_mean(
 ) -> Tensor:
     """Mean over fakes of their clipped gradients, unclipped without a privacy model: (d,) float32.
 
-    Shapes as `real_sum`.
+    Shapes as `real_sum`. Zeros under a loss without a half on fakes.
     """
+    if not loss.sees_fakes:
+        return torch.zeros(sum(p.numel() for p in discriminator.parameters()), device=images.device)
     images = images.contiguous(memory_format=torch.channels_last)
     if privacy.privacy_model is PrivacyModel.NONE:
         with half_precision(images.device):

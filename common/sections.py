@@ -27,20 +27,29 @@ class ModelConfig:
     generator: str = option("dcgan", "generator architecture: dcgan, dense-conv or resnet")
     generator_width: int = option(32, "channels of the generator's last hidden layer")
     latent_dim: int = option(64, "dimension of the generator's latent vector")
-    discriminator: str = option("dcgan", "discriminator architecture: dcgan, mlp, conv-dropout, deep-conv or resnet")
+    discriminator: str = option(
+        "dcgan", "discriminator architecture: dcgan, mlp, conv-dropout, deep-conv, resnet or scattering"
+    )
     discriminator_width: int = option(32, "channels of the discriminator's first layer")
-    loss: str = option("bce", "adversarial loss: minimax, bce, hinge, least-squares or wasserstein")
+    loss: str = option(
+        "bce", "minimax, bce, hinge, least-squares, wasserstein, or cross-entropy (of classes, no fakes)"
+    )
     weight_clip: float = option(0.1, "bound on each weight of the discriminator under the loss wasserstein")
 
     def __post_init__(self) -> None:
         one_of(self, "image_size", IMAGE_SIZES)
         one_of(self, "channels", CHANNELS)
         one_of(self, "generator", ("dcgan", "dense-conv", "resnet"))
-        one_of(self, "discriminator", ("dcgan", "mlp", "conv-dropout", "deep-conv", "resnet"))
-        one_of(self, "loss", ("minimax", "bce", "hinge", "least-squares", "wasserstein"))
+        one_of(self, "discriminator", ("dcgan", "mlp", "conv-dropout", "deep-conv", "resnet", "scattering"))
+        one_of(self, "loss", ("minimax", "bce", "hinge", "least-squares", "wasserstein", "cross-entropy"))
         between(self, ["weight_clip"], 0, 10, open_low=True)
         between(self, ["num_classes"], 0, 1000)
         require(self.num_classes != 1, "num-classes = 1: one class is no condition; use 0, or 2 and more")
+        require(
+            self.loss != "cross-entropy" or self.num_classes > 1,
+            f"loss = cross-entropy with num-classes = {self.num_classes}: there are no classes to tell; give 2 or more, or "
+            "another loss",
+        )
         between(self, ["generator_width", "discriminator_width", "latent_dim"], 1, 1024)
 
 
@@ -137,7 +146,10 @@ class MomentConfig:
     """The moment stage: one noised release of mean random features, to which the generator is fitted first."""
 
     moment_rounds: int = option(1, "1: begin with the moment stage; 0: leave it out")
-    moment_noise_multiplier: float = option(3.73, "noise of the moment release over the norm bound 1 of one unit")
+    moment_noise_multiplier: float = option(
+        0.0,
+        "noise of the moment release over the norm bound 1 of one unit; 0: from epsilon, half of which it then costs by itself",
+    )
     moment_steps: int = option(400, "generator steps of the moment stage")
     moment_batch: int = option(500, "fakes in a generator step of the moment stage")
     moment_lr: float = option(2e-3, "Adam learning rate of the moment stage")
@@ -146,7 +158,7 @@ class MomentConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "moment_rounds", (0, 1))
-        between(self, ["moment_noise_multiplier"], 0, 1e3, open_low=True)
+        between(self, ["moment_noise_multiplier"], 0, 1e3)
         between(self, ["moment_steps"], 0, 10**7)
         between(self, ["moment_batch"], 2, 10**5)
         between(self, ["moment_lr"], 0, 1, open_low=True)
@@ -161,6 +173,7 @@ class TrainingConfig:
     num_rounds: int = option(300, "adversarial rounds; 0: the moment stage alone")
     local_steps: int = option(1, "discriminator steps of a client in a round (more than 1: local model only)")
     local_lr: float = option(0.05, "SGD learning rate of the steps within a round")
+    refine_steps: int = option(0, "generator steps after the last round, if there was one; they cost no privacy")
     discriminator_steps: int = option(1, "rounds for one generator step; where adaptive, to begin with")
     adaptive: bool = option(False, "raise discriminator-steps while the discriminator is poor on fakes")
     discriminator_lr: float = option(5e-4, "Adam learning rate of the discriminator")
@@ -190,11 +203,13 @@ class TrainingConfig:
         "", f"end early at NAME<VALUE or NAME>VALUE, NAME one of {', '.join(FIGURES)}; empty: never"
     )
     reference: str = option("", "PUBLIC faces at the coordinator, to which frechet compares; read like --data")
+    public: str = option("", "PUBLIC faces at the coordinator to begin with; read like --data; they cost no privacy")
+    public_steps: int = option(0, "generator steps on the public faces, before the first round")
     deal_rounds: int = option(50, "distributed: rounds for which keys are dealt ahead")
     checkpoint_every: int = option(1, "rounds between checkpoints (more than 1: non-private runs only)")
 
     def __post_init__(self) -> None:
-        between(self, ["num_rounds"], 0, 10**7)
+        between(self, ["num_rounds", "refine_steps", "public_steps"], 0, 10**7)
         between(self, ["local_steps", "discriminator_steps", "min_clients", "checkpoint_every"], 1, 10**4)
         between(self, ["sample_every"], 1, 10**7)
         between(self, ["deal_rounds"], 1, 1000)

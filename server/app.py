@@ -61,6 +61,7 @@ def open_run(
         # Budgets may have been raised, or others come: to ask for the same round again costs nobody anything.
         if state.ended_by == "budgets" or state.config.training.stop_when != before:
             state.ended_by = state.stopped = ""
+            state.refined = 0  # rounds come again, and with them another discriminator
         return state
     if CheckpointStore(directory).path.exists():
         raise ConfigError(f"{directory} holds a run already: continue it with --resume, or give another --name")
@@ -96,19 +97,22 @@ def check_sums(state: CoordinatorState) -> None:
 def with_places(config: RunConfig) -> RunConfig:
     """The configuration with paths that mean the same from any folder.
 
-    Raises ConfigError where the reference of a private run is among the faces that are simulated clients': comparing to
-    it would tell of them without noise.
+    Raises ConfigError where the reference or the public faces of a private run are among the faces that are simulated
+    clients': comparing to them, or learning from them, would tell of them without noise.
     """
     simulation, training = config.simulation, config.training
     private = config.privacy.privacy_model is not PrivacyModel.NONE
-    if private and training.reference and overlap(training.reference, simulation.data):
-        raise ConfigError(
-            f"reference = {training.reference!r} is among what the clients hold, and comparing to it would tell of them without "
-            "noise: give public faces"
-        )
+    for key, place, doing in (
+        ("reference", training.reference, "comparing to it"),
+        ("public", training.public, "learning from it"),
+    ):
+        if private and place and overlap(place, simulation.data):
+            raise ConfigError(
+                f"{key} = {place!r} is among what the clients hold, and {doing} would tell of them without noise: give public faces"
+            )
     attributes = absolute(simulation.attributes)
     simulation = dataclasses.replace(simulation, data=absolute(simulation.data), attributes=attributes)
-    training = dataclasses.replace(training, reference=absolute(training.reference))
+    training = dataclasses.replace(training, reference=absolute(training.reference), public=absolute(training.public))
     return dataclasses.replace(config, simulation=simulation, training=training)
 
 

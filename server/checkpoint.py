@@ -8,6 +8,8 @@ never drawn twice the same.
 import copy
 import errno
 import json
+import math
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +39,12 @@ class CoordinatorState:
 
     ema: the generator's moving average, which draws the pictures. moment_target: (rows, dim) once released. charged:
     for each node that was asked, its moment rounds and gradient steps, answered or not, and the last round that it was
-    asked. ledger_heads: the last head seen of each client's ledger, by its public key. asked_round: the last round that
-    anybody was asked. last: figures of the last round. ended_by: `figure` or `budgets` where the run ended before its
-    last round, and stopped: why. sums: of the secure sum, what `server.secure_exchange` keeps: public, no client's secret.
-    released: what the last round asked, and the noised mean that came of it; not saved.
+    asked. primed: generator steps on the public faces, before the first round; generator_steps does not count them.
+    discriminator_updates: steps of the discriminator in rounds. refined: generator steps after the last round. ledger_heads:
+    the last head seen of each client's ledger, by its public key. asked_round: the last round that anybody was asked.
+    last: figures of the last round. ended_by: `figure` or `budgets` where the run ended before its last round, and stopped:
+    why. sums: of the secure sum, what `server.secure_exchange` keeps: public, no client's secret. released: what the last
+    round asked, and the noised mean that came of it; not saved.
     """
 
     config: RunConfig
@@ -53,6 +57,9 @@ class CoordinatorState:
     rng: torch.Generator
     next_round: int = 1
     generator_steps: int = 0
+    discriminator_updates: int = 0
+    primed: int = 0
+    refined: int = 0
     moment_target: Tensor | None = None
     discriminator_steps: int = 1
     rounds_since_generator_step: int = 0
@@ -90,6 +97,11 @@ class CoordinatorState:
         )
 
     @property
+    def priming(self) -> bool:
+        """Whether the steps on the public faces, which come before the first round, are still under way."""
+        return self.primed < self.config.training.public_steps
+
+    @property
     def fitting(self) -> bool:
         """Whether the moment stage's generator steps are still under way."""
         return (
@@ -97,6 +109,32 @@ class CoordinatorState:
             and self.moment_target is not None
             and self.generator_steps < self.config.moments.moment_steps
         )
+
+    @property
+    def refining(self) -> bool:
+        """Whether all rounds are done and generator steps against the last discriminator are still to come."""
+        ended = self.next_round > self.last_round and self.ended_by in ("", "budgets")
+        return ended and self.taught and self.refined < self.config.training.refine_steps
+
+    @property
+    def taught(self) -> bool:
+        """Whether a round of gradients has taught the discriminator anything: all may have been void."""
+        return self.discriminator_updates > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of the run is left to do."""
+        under_way = self.priming or self.fitting or self.refining
+        return self.next_round > self.last_round and not under_way
+
+    @property
+    def fit(self) -> tuple[str, int, int]:
+        """Of the last generator step of no round: its stage (prior, moments or refine), its number, and how many there are."""
+        if self.refined:
+            return "refine", self.refined, self.config.training.refine_steps
+        if self.generator_steps:
+            return "moments", self.generator_steps, self.config.moments.moment_steps
+        return "prior", self.primed, self.config.training.public_steps
 
     @property
     def last_round(self) -> int:
@@ -110,6 +148,9 @@ _PLAIN = (
     "run_id",
     "next_round",
     "generator_steps",
+    "discriminator_updates",
+    "primed",
+    "refined",
     "discriminator_steps",
     "rounds_since_generator_step",
     "fake_accuracy",
@@ -127,10 +168,11 @@ _OPTIMIZERS = ("generator_optimizer", "discriminator_optimizer")
 
 
 class CheckpointStore:
-    """Saves and loads the state of the run in `directory`."""
+    """Saves and loads the state of the run in `directory`. saved: when it last did, by `time.monotonic`."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / FILE_NAME
+        self.saved = -math.inf
 
     def save(self, state: CoordinatorState) -> None:
         """Write the state, flushed to the disk before the rename.
@@ -157,6 +199,7 @@ class CheckpointStore:
                 f"cannot write {len(content)} bytes to {self.path}: {error}. The last checkpoint is whole: "
                 f"{'make room' if full else 'see to the disk and to who may write there'}, then go on with the run"
             ) from error
+        self.saved = time.monotonic()
 
     def load(self) -> CoordinatorState:
         """Read the state. Raises CheckpointError where the file is missing, damaged or from another version."""

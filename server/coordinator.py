@@ -1,10 +1,10 @@
 """THE MAIN LOOP of the coordinator: start reading here.
 
-A run is one moment round (unless switched off), the generator's fit to what it released, and the adversarial rounds. In
-each of these the clients answer with noised gradients of their discriminator on real faces; the coordinator adds the
-fakes' half, takes one Adam step, and every few rounds one generator step. All of the latter is post-processing. The
-state is on the disk before instructions leave: a coordinator that crashes asks the same again, and clients that had
-answered send the same bytes again.
+A run is what public faces teach beforehand (`server.prior`), if there are any, one moment round (unless switched off), the
+generator's fit to what it released, and the adversarial rounds. In each of these the clients answer with noised gradients of
+their discriminator on real faces; the coordinator adds the fakes' half, takes one Adam step, and every few rounds one
+generator step. All of the latter is post-processing. The state is on the disk before instructions leave: a coordinator that
+crashes asks the same again, and clients that had answered send the same bytes again.
 """
 
 import dataclasses
@@ -21,20 +21,22 @@ from common.errors import BudgetsSpent, CohortTooSmall, RoundVoid
 from common.gradients import fake_mean, to_uint8
 from common.messages import RoundInstructions, Stage
 from common.models.features import RandomFeatures
-from common.models.flat import get_flat, num_parameters, split_flat
-from common.models.losses import LOSSES, project_weights
+from common.models.flat import get_flat, num_parameters
+from common.models.losses import LOSSES
 from common.privacy.planner import planned_steps
 from common.privacy.randomness import SecureRandom
 from common.privacy.units import PrivacyModel
 from server.aggregation import average, declared_mean
 from server.checkpoint import CheckpointStore, CoordinatorState
 from server.cohort import cohort_of
+from server.discriminator import adam_step
 from server.exchange import GO_ON, Exchange
 from server.generator import GeneratorTrainer
+from server.prior import learn_prior
 from server.quality import Judge
 from server.secure_exchange import SecureExchange
 
-# Seconds between two checkpoints of the moment stage's fit.
+# Seconds between two checkpoints of generator steps without rounds.
 _FIT_CHECKPOINT_S = 10.0
 # Generator steps of that fit between two looks at the public faces.
 _FIT_MEASURE_STEPS = 100
@@ -48,7 +50,7 @@ class Observer(Protocol):
     """Whoever watches a run: records, pictures, progress. Sees noisy updates, fakes and public data only."""
 
     def fit_stepped(self, state: CoordinatorState) -> None:
-        """A generator step of the moment stage is done."""
+        """A generator step of no round is done: `state.fit` says which."""
 
     def round_ended(self, state: CoordinatorState) -> None:
         """A round is done and on the disk; its figures are in `state.last`."""
@@ -71,6 +73,7 @@ def coordinate(
     secure = None
     if config.privacy.privacy_model is PrivacyModel.DISTRIBUTED:
         secure = SecureExchange(exchange, state.sums, state.ledger_heads, config.training, partial(store.save, state))
+    learn_prior(state, trainer, store, observers)
     store.save(state)
     # Of a run that is gone on with, whoever was asked last: without the first to come back a round would be another's.
     back = {int(node) for node, charged in state.charged.items() if charged[2] >= state.next_round - 1}
@@ -143,6 +146,7 @@ def coordinate(
     if voids:
         raise CohortTooSmall(f"the last {voids} rounds are void: gone on with, the run ends with what it has. {GO_ON}")
     fit_moments(state, trainer, judge, store, observers)
+    refine(state, trainer, judge, store, observers)
     store.save(state)
 
 
@@ -240,21 +244,10 @@ def discriminator_step(
         with trainer.randomness():
             views = trainer.augmentation(fakes)
             gradient = gradient + fake_mean(state.discriminator, loss, views, labels, config.privacy)
-    parameters = list(state.discriminator.parameters())
-    for parameter, part in zip(parameters, split_flat(state.discriminator, gradient), strict=True):
-        parameter.grad = part.clone()
-    for group in state.discriminator_optimizer.param_groups:
-        group["lr"], group["betas"] = config.training.discriminator_lr, (config.training.adam_beta1, 0.999)
-    state.discriminator_optimizer.step()
-    project_weights(state.discriminator, loss, config.model.weight_clip)
-    # Of the fakes as they are, without dropout. Under wasserstein logits have no zero of their own: it says little there.
-    state.discriminator.eval()
-    with torch.no_grad():
-        accuracy = (state.discriminator(fakes, labels) < 0).float().mean().item()
-    state.discriminator.train()
+    adam_step(state, gradient)
     state.rounds_since_generator_step += 1
-    trainer.note_accuracy(accuracy)
-    return {"fake_accuracy": accuracy}
+    state.discriminator_updates += 1
+    return trainer.accuracy(fakes, labels)
 
 
 def fit_moments(
@@ -265,14 +258,36 @@ def fit_moments(
     observers: Sequence[Observer],
 ) -> None:
     """The moment stage's generator steps, from wherever they are; none where they are done."""
-    saved = time.monotonic()
     while state.fitting:
-        began = time.monotonic()
-        state.last = trainer.moment_step()
-        judge.look(state, measure=state.generator_steps % _FIT_MEASURE_STEPS == 0 or not state.fitting)
-        state.seconds += time.monotonic() - began
-        if time.monotonic() - saved > _FIT_CHECKPOINT_S or not state.fitting:
-            store.save(state)
-            saved = time.monotonic()
-        for observer in observers:
-            observer.fit_stepped(state)
+        _step_alone(state, trainer.moment_step, lambda: state.fitting, judge, store, observers)
+
+
+def refine(
+    state: CoordinatorState,
+    trainer: GeneratorTrainer,
+    judge: Judge,
+    store: CheckpointStore,
+    observers: Sequence[Observer],
+) -> None:
+    """The generator's steps against the last discriminator, once all rounds are done: they cost no privacy."""
+    while state.refining:
+        _step_alone(state, trainer.refining_step, lambda: state.refining, judge, store, observers)
+
+
+def _step_alone(
+    state: CoordinatorState,
+    step: Callable[[], dict[str, float]],
+    more: Callable[[], bool],
+    judge: Judge,
+    store: CheckpointStore,
+    observers: Sequence[Observer],
+) -> None:
+    """A generator step of no round; on the disk at the end and every few seconds."""
+    began = time.monotonic()
+    state.last = step()
+    judge.look(state, measure=state.generator_steps % _FIT_MEASURE_STEPS == 0 or not more())
+    state.seconds += time.monotonic() - began
+    if time.monotonic() - store.saved > _FIT_CHECKPOINT_S or not more():
+        store.save(state)
+    for observer in observers:
+        observer.fit_stepped(state)

@@ -70,8 +70,9 @@ def init_command(load_recipe: LoadRecipe) -> Callable[..., None]:
         )
         run = dict(overrides or {})
         config = load_recipe(recipe, run)
-        if "reference" in run and Path(str(run["reference"])).expanduser().exists():
-            run["reference"] = str(Path(str(run["reference"])).expanduser().resolve())
+        for place in ("reference", "public"):
+            if place in run and Path(str(run[place])).expanduser().exists():
+                run[place] = str(Path(str(run[place])).expanduser().resolve())
         deployment = Deployment(
             folder=folder,
             address=address,

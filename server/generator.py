@@ -6,6 +6,7 @@ randomness is `state.rng`: a checkpoint between any two steps loses nothing.
 """
 
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from common.augmentation import SEED_BYTES, augmentation_of, step_randomness
 from common.config import RunConfig
 from common.device import half_precision
+from common.models.discriminators import ClassDiscriminator
 from common.models.features import RandomFeatures
 from common.models.losses import LOSSES
 from server.checkpoint import CoordinatorState
@@ -22,6 +24,8 @@ from server.moments import MomentLoss
 _ACCURACY_DECAY = 0.95
 _ACCURACY_FLOOR = 0.65
 _MAX_DISCRIMINATOR_STEPS = 50
+# Generator steps between two looks at what the refinement does.
+_MEASURE_STEPS = 10
 # Steps over which the moment stage's learning rate rises.
 _WARM_UP_STEPS = 20
 
@@ -43,20 +47,45 @@ class GeneratorTrainer:
     def moment_step(self) -> dict[str, float]:
         """One Adam step on the moment loss. Returns its figures."""
         state, moments = self._state, self._state.config.moments
-        fakes, labels = self._fakes(moments.moment_batch)
-        with half_precision(self._device):
-            loss = self._moments()(fakes, labels)
         rate = moment_rate(state.generator_steps, moments.moment_steps, moments.moment_lr)
+        loss = self._descend(self._moments(), rate)
+        self._stepped()
+        return {"moment_loss": loss}
+
+    def prior_step(self, loss: MomentLoss) -> dict[str, float]:
+        """One Adam step on the moments of public faces, in batches and at learning rates as in the moment stage."""
+        state, training = self._state, self._state.config.training
+        rate = moment_rate(state.primed, training.public_steps, state.config.moments.moment_lr)
+        found = self._descend(loss, rate)
+        state.primed += 1
+        update_ema(state.ema, state.generator, training.ema_decay, state.primed)
+        return {"prior_loss": found}
+
+    def _descend(self, moment_loss: MomentLoss, rate: float) -> float:
+        state = self._state
+        fakes, labels = self._fakes(state.config.moments.moment_batch)
+        with half_precision(self._device):
+            loss = moment_loss(fakes, labels)
         _set_rate(state.generator_optimizer, rate, (0.5, 0.99))
         state.generator_optimizer.zero_grad()
         torch.autograd.backward(loss)
         state.generator_optimizer.step()
-        self._stepped()
-        return {"moment_loss": loss.item()}
+        return loss.item()
 
-    def adversarial_step(self) -> dict[str, float]:
+    def refining_step(self) -> dict[str, float]:
+        """One step as in a round, against the last discriminator; the learning rate and the moving average begin anew."""
+        state, training = self._state, self._state.config.training
+        rate = moment_rate(state.refined, training.refine_steps, training.generator_lr)
+        figures = self.adversarial_step(rate, state.refined + 1)
+        state.refined += 1
+        if state.refined % _MEASURE_STEPS == 0 or state.refined == training.refine_steps:
+            figures |= self.accuracy(*self._fakes(training.fake_batch))
+        return figures
+
+    def adversarial_step(self, rate: float | None = None, ema_step: int | None = None) -> dict[str, float]:
         """One Adam step against the discriminator, the moment term's gradient scaled to `moment_weight` times the
-        adversarial one.
+        adversarial one. rate: where it is not `generator-lr`; ema_step: where the moving average's decay does not grow
+        from the run's first step.
 
         The two are balanced by their norms at the images, where both are known before anything flows into the
         generator. Returns figures on fakes.
@@ -77,16 +106,32 @@ class GeneratorTrainer:
             scale = gradient.norm() / toward_moments.norm().clamp(min=1e-20)
             gradient = gradient + config.moments.moment_weight * scale * toward_moments
             figures["moment_loss"] = moment_loss.item()
-        _set_rate(state.generator_optimizer, config.training.generator_lr, (config.training.adam_beta1, 0.999))
+        rate = config.training.generator_lr if rate is None else rate
+        _set_rate(state.generator_optimizer, rate, (config.training.adam_beta1, 0.999))
         state.generator_optimizer.zero_grad()
         torch.autograd.backward(fakes, gradient)
         state.generator_optimizer.step()
-        self._stepped()
+        self._stepped(ema_step)
         return figures
 
-    def note_accuracy(self, accuracy: float) -> None:
-        """Take in the discriminator's accuracy on a batch of fakes; where adaptive, give it more steps while that is
-        poor."""
+    @torch.no_grad()
+    def accuracy(self, fakes: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """The share of fakes that the discriminator sees through, or, where it tells classes, that look like the class
+        asked for. Where adaptive, the discriminator gets more steps while it sees through few.
+        """
+        discriminator = self._state.discriminator
+        discriminator.eval()  # of the fakes as they are, without dropout
+        if isinstance(discriminator, ClassDiscriminator):
+            taken = discriminator.classify(fakes).argmax(1)
+            found = {"label_accuracy": torch.eq(taken, cast(Tensor, labels)).float().mean().item()}
+        else:
+            # Under wasserstein logits have no zero of their own: it says little there.
+            found = {"fake_accuracy": (discriminator(fakes, labels) < 0).float().mean().item()}
+            self._note_accuracy(found["fake_accuracy"])
+        discriminator.train()
+        return found
+
+    def _note_accuracy(self, accuracy: float) -> None:
         state, training = self._state, self._state.config.training
         state.fake_accuracy = _ACCURACY_DECAY * state.fake_accuracy + (1 - _ACCURACY_DECAY) * accuracy
         due = state.rounds_since_generator_step >= state.discriminator_steps
@@ -118,11 +163,11 @@ class GeneratorTrainer:
             self._moment_loss = MomentLoss(features.to(self._device), target.to(self._device))
         return self._moment_loss
 
-    def _stepped(self) -> None:
-        self._state.generator_steps += 1
-        update_ema(
-            self._state.ema, self._state.generator, self._state.config.training.ema_decay, self._state.generator_steps
-        )
+    def _stepped(self, ema_step: int | None = None) -> None:
+        state = self._state
+        state.generator_steps += 1
+        step = state.generator_steps if ema_step is None else ema_step
+        update_ema(state.ema, state.generator, state.config.training.ema_decay, step)
 
 
 def moment_rate(step: int, num_steps: int, rate: float) -> float:

@@ -12,10 +12,11 @@ from server.checkpoint import CoordinatorState
 
 # Seconds between two lines of the plain progress.
 _LINE_S = 30.0
+_STAGES = {"prior": "public faces", "moments": "moment stage", "refine": "refinement"}
 
 
 class ProgressBar:
-    """An observer that draws a bar for the moment stage's fit and one for the rounds. Use it as a context manager."""
+    """An observer that draws a bar for each stage of the generator's steps and one for the rounds. Use it as a context manager."""
 
     def __init__(self, console: Console, state: CoordinatorState) -> None:
         self._progress = Progress(
@@ -31,12 +32,19 @@ class ProgressBar:
             expand=True,
         )
         config = state.config
-        steps, fitted = config.moments.moment_steps * config.moments.moment_rounds, config.moments.moment_rounds > 0
-        self._fit = self._progress.add_task("moments", total=steps, figures="", start=False, visible=fitted)
-        self._rounds = self._progress.add_task("rounds ", total=state.last_round, figures="", start=False)
+        steps = config.moments.moment_steps * config.moments.moment_rounds
         # Of a run that is gone on with, some are done.
-        self._progress.update(self._fit, completed=min(state.generator_steps, steps))
-        self._progress.update(self._rounds, completed=state.next_round - 1)
+        self._bars = {
+            name: self._progress.add_task(
+                f"{name:<7}", total=total, completed=min(done, total), figures="", start=False, visible=total > 0
+            )
+            for name, done, total in (
+                ("prior", state.primed, config.training.public_steps),
+                ("moments", state.generator_steps, steps),
+                ("rounds", state.next_round - 1, state.last_round),
+                ("refine", state.refined, config.training.refine_steps if config.training.num_rounds else 0),
+            )
+        }
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -48,14 +56,17 @@ class ProgressBar:
         self._progress.stop()
 
     def fit_stepped(self, state: CoordinatorState) -> None:
-        """Move the moment stage's bar."""
-        self._progress.start_task(self._fit)
-        self._progress.update(self._fit, completed=state.generator_steps, figures=_figures(state))
+        """Move the bar of the stage that the step was of."""
+        stage, done, _ = state.fit
+        self._move(stage, done, state)
 
     def round_ended(self, state: CoordinatorState) -> None:
         """Move the rounds' bar."""
-        self._progress.start_task(self._rounds)
-        self._progress.update(self._rounds, completed=state.next_round - 1, figures=_figures(state))
+        self._move("rounds", state.next_round - 1, state)
+
+    def _move(self, name: str, done: int, state: CoordinatorState) -> None:
+        self._progress.start_task(self._bars[name])
+        self._progress.update(self._bars[name], completed=done, figures=_figures(state))
 
 
 class PlainProgress:
@@ -65,8 +76,9 @@ class PlainProgress:
         self._told = 0.0
 
     def fit_stepped(self, state: CoordinatorState) -> None:
-        """Tell the moment stage's steps."""
-        self._tell(f"moment stage: step {state.generator_steps} of {state.config.moments.moment_steps}", state)
+        """Tell the steps of the stage."""
+        stage, done, total = state.fit
+        self._tell(f"{_STAGES[stage]}: step {done} of {total}", state, done == total)
 
     def round_ended(self, state: CoordinatorState) -> None:
         """Tell the rounds."""
@@ -79,5 +91,5 @@ class PlainProgress:
 
 
 def _figures(state: CoordinatorState) -> str:
-    names = ("moment_loss", "generator_loss", "fake_accuracy", "update_norm")
+    names = ("prior_loss", "moment_loss", "generator_loss", "fake_accuracy", "label_accuracy", "update_norm")
     return "  ".join(f"{name.replace('_', ' ')} {state.last[name]:.3g}" for name in names if name in state.last)

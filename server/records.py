@@ -2,9 +2,9 @@
 
 config.toml             the configuration as resolved
 rounds.jsonl            one line a round: functions of noisy updates, fakes and public data only
-tensorboard/            the same for TensorBoard: moments/ by generator step, rounds/ by round
+tensorboard/            the same for TensorBoard: prior/, moments/ and refine/ by generator step, rounds/ by round
 samples/*.png           the generator's moving average on fixed latents
-generator.safetensors   its weights; generator.json, its card
+generator.safetensors   its weights, and the classifier's that labels what it draws, if one was taught; generator.json, its card
 checkpoint.safetensors  the coordinator's state
 """
 
@@ -19,11 +19,14 @@ import torch
 from safetensors.torch import save
 from torch.utils.tensorboard import SummaryWriter
 
+from common.applications.generate import CLASSIFIER
 from common.config import RunConfig
+from common.faces.places import name_of
 from common.fields import keys_of
 from common.files import write_atomically
 from common.gradients import to_uint8
 from common.messages import planned_releases
+from common.models.discriminators import ClassDiscriminator
 from common.pictures import save_grid
 from common.privacy.accounting import epsilon_of
 from common.privacy.planner import promise
@@ -32,7 +35,7 @@ from common.sections import SimulationConfig
 from server.checkpoint import CoordinatorState
 from server.generator import draw_latents
 
-# Generator steps between two pictures, and two TensorBoard entries, of the moment stage.
+# Generator steps between two pictures, and two TensorBoard entries, where they are of no round.
 _FIT_SAMPLE_STEPS, _FIT_RECORD_STEPS = 100, 10
 _SAMPLES = 64
 
@@ -51,25 +54,30 @@ class RunRecorder:
         kept = _drop_rounds_from(self._lines, state.next_round)
         if state.last.get("round") == state.next_round - 1 and state.next_round - 1 not in kept:
             self._write_line(state)
-        # Two, since each counts steps of its own, from which on the events of an interrupted run are void.
-        board = directory / "tensorboard"
-        self._moments = SummaryWriter(str(board / "moments"), purge_step=state.generator_steps + 1)
-        self._rounds = SummaryWriter(str(board / "rounds"), purge_step=state.next_round)
+        # Several, since each counts steps of its own, from which on the events of an interrupted run are void.
+        begun = {"moments": state.generator_steps + 1, "rounds": state.next_round}
+        begun |= {"prior": state.primed + 1} if state.config.training.public_steps else {}
+        begun |= {"refine": state.refined + 1} if state.config.training.refine_steps else {}
+        self._boards = {
+            name: SummaryWriter(str(directory / "tensorboard" / name), purge_step=step) for name, step in begun.items()
+        }
         latents = torch.Generator().manual_seed(state.config.training.seed + 1)
         count = _SAMPLES if state.config.model.num_classes == 0 else 8 * state.config.model.num_classes
         self._latents, self._labels = draw_latents(state.config, count, latents)
 
     def fit_stepped(self, state: CoordinatorState) -> None:
-        """Record and picture the moment stage now and then."""
-        if state.generator_steps % _FIT_RECORD_STEPS == 0 or not state.fitting:
-            _scalars(self._moments, "moments/", state.last, state.generator_steps)
-        if state.generator_steps % _FIT_SAMPLE_STEPS == 0 or not state.fitting:
-            self.picture(state, f"moments-{state.generator_steps:06d}")
+        """Record and picture the stage that the step was of now and then."""
+        stage, done, total = state.fit
+        last = done == total or bool(state.stopped)
+        if done % _FIT_RECORD_STEPS == 0 or last:
+            _scalars(self._boards[stage], f"{stage}/", state.last, done)
+        if done % _FIT_SAMPLE_STEPS == 0 or last:
+            self.picture(state, f"{stage}-{done:06d}")
 
     def round_ended(self, state: CoordinatorState) -> None:
         """Write the round's line, and a picture now and then."""
         self._write_line(state)
-        _scalars(self._rounds, "rounds/", state.last, state.next_round - 1)
+        _scalars(self._boards["rounds"], "rounds/", state.last, state.next_round - 1)
         server_round = state.next_round - 1
         if server_round % state.config.training.sample_every == 0 or server_round == state.last_round:
             self.picture(state, f"round-{server_round:06d}")
@@ -86,12 +94,15 @@ class RunRecorder:
 
     def finish(self, state: CoordinatorState) -> Path:
         """Write the generator, its card and the last picture. Returns the picture's path."""
-        weights = {key: value.detach().cpu().contiguous() for key, value in state.ema.state_dict().items()}
+        weights = state.ema.state_dict()
+        if isinstance(state.discriminator, ClassDiscriminator) and state.taught:
+            weights |= {f"{CLASSIFIER}{key}": value for key, value in state.discriminator.state_dict().items()}
+        weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         write_atomically(self.directory / "generator.safetensors", save(weights))
         card = json.dumps(card_of(state), indent=2) + "\n"
         write_atomically(self.directory / "generator.json", card.encode())
-        self._moments.close()
-        self._rounds.close()
+        for board in self._boards.values():
+            board.close()
         return self.picture(state, "final")
 
     def _write_line(self, state: CoordinatorState) -> None:
@@ -151,9 +162,13 @@ def card_of(state: CoordinatorState) -> dict[str, Any]:
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:
-    """The configuration without where anybody's faces are and how they are read: a card travels with the weights."""
+    """The configuration without where anybody's faces are and how they are read: a card travels with the weights.
+
+    Of the public faces, which are in the weights, the name stays.
+    """
     places = {key for _, key in keys_of(SimulationConfig)} | {"reference", "stop-when"}
-    return {key: value for key, value in config.to_flat().items() if key not in places}
+    kept: dict[str, Any] = {key: value for key, value in config.to_flat().items() if key not in places}
+    return kept | {"public": name_of(config.training.public)}
 
 
 def _drop_rounds_from(path: Path, next_round: int) -> set[int]:

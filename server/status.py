@@ -103,7 +103,7 @@ class StatusFile:
         def look() -> dict[str, Any]:
             names = sorted(connected())
             seen = {"connected": names, "approved": approved()}
-            if len(names) >= wanted or state.fitting:
+            if len(names) >= wanted or state.priming or state.fitting or state.refining:
                 return {"state": "training", "message": "", **seen}
             return {
                 "state": "waiting for clients",
@@ -119,18 +119,19 @@ class StatusFile:
     def note(self, state: "CoordinatorState") -> None:
         """Take down how far the run is; written with what is told next, or within a second."""
         moments = state.fitting or state.next_round <= state.config.moments.moment_rounds
+        stage = "moments" if moments else "gradients"
         with self._lock:
             self._content |= {
                 "round": state.next_round - 1,
                 "last_round": state.last_round,
-                "stage": "moments" if moments else "gradients",
-                "generator_steps": state.generator_steps,
+                "stage": "prior" if state.priming else stage,
+                "generator_steps": state.primed + state.generator_steps,
                 "seconds": round(state.seconds, 1),
                 "refusals": state.last.get("refusals", self._content.get("refusals", {})),
             }
 
     def fit_stepped(self, state: "CoordinatorState") -> None:
-        """A generator step of the moment stage is done."""
+        """A generator step of no round is done."""
         self._noted(state)
 
     def round_ended(self, state: "CoordinatorState") -> None:

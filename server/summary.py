@@ -45,9 +45,11 @@ def closing_table(state: "CoordinatorState", directory: Path) -> Table:
     if state.stopped:
         table.add_row("ended early", state.stopped)
     table.add_row("rounds", f"{state.next_round - 1}")
+    if state.primed:
+        table.add_row("steps on public faces", f"{state.primed}")
     table.add_row("generator steps", f"{state.generator_steps}")
     table.add_row("time", f"{state.seconds / 60:.1f} min")
-    for figure in ("moment_loss", "generator_loss", "fake_accuracy", "frechet"):
+    for figure in ("moment_loss", "generator_loss", "fake_accuracy", "label_accuracy", "frechet"):
         if figure in state.last:
             table.add_row(figure.replace("_", " "), f"{state.last[figure]:.4g}")
     spent = epsilon_so_far(state)

@@ -45,7 +45,7 @@ _LOG_BYTES = 10_000_000
 # Of what is dealt to one peer for one round, with room, and of all that goes along with a vector.
 _DEALT_BYTES, _BESIDE_BYTES = 512, 1 << 20
 # Options that a fresh run fills in where they are left at 0.
-_FILLED = ("noise-multiplier", "peers", "survivors")
+_FILLED = ("noise-multiplier", "moment-noise-multiplier", "peers", "survivors")
 
 console = Console()
 log = logging.getLogger("visard.coordinator")
@@ -118,7 +118,7 @@ def _train(deployment: Deployment, directory: Path, config: RunConfig, status: S
                 limit,
             )
         )
-        begun = state.next_round > 1 or state.generator_steps > 0
+        begun = state.next_round > 1 or state.generator_steps > 0 or state.primed > 0
         begins = f"goes on with round {min(state.next_round, state.last_round)}" if begun else "begins"
         console.print(
             f"the run {directory.name} {begins}, and is kept in {directory}\n"
@@ -161,12 +161,12 @@ def open_or_resume(directory: Path, config: RunConfig) -> "CoordinatorState":
 
     Raises ConfigError where the run was begun with something else that cannot change on the way.
     """
-    from server.app import CHANGEABLE, open_run
+    from server.app import CHANGEABLE, open_run, with_places
     from server.checkpoint import CheckpointStore
 
     if not CheckpointStore(directory).path.exists():
         return open_run(directory, config)
-    asked = config.to_flat()
+    asked = with_places(config).to_flat()
     state = open_run(directory, None, {key: asked[key] for key in CHANGEABLE})
     begun = state.config.to_flat()
     # Real clients ignore where simulated ones would get their faces.
@@ -186,7 +186,7 @@ def open_or_resume(directory: Path, config: RunConfig) -> "CoordinatorState":
 
 def is_complete(state: "CoordinatorState") -> bool:
     """Whether nothing of the run is left to do."""
-    return state.next_round > state.last_round and not state.fitting
+    return state.complete
 
 
 def finished(directory: Path, state: "CoordinatorState") -> Path:

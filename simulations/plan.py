@@ -22,12 +22,13 @@ from dataclasses import dataclass
 
 from common.config import RunConfig
 from common.errors import ConfigError
+from common.models.discriminators import discriminator_size
 from common.privacy.accounting import tight_epsilon_of
 from simulations.plan_budget import Schedule
 from simulations.plan_bytes import Traffic, traffic_of
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, MODELS, Question
 from simulations.plan_range import check_range
-from simulations.plan_sizes import count_parameters, feature_dimension, feature_rows
+from simulations.plan_sizes import feature_dimension, feature_rows
 from simulations.plan_verdict import Judgement, judge
 
 # PRV takes minutes where epsilon is so large that nobody asks.
@@ -135,7 +136,7 @@ def make_plan(question: Question, *, tight: bool = True) -> Plan:
         budget,
         epsilon,
         tight_epsilon,
-        count_parameters(config.model),
+        discriminator_size(config.model),
         feature_dimension(config.model),
         models,
         _notes(question, rounds, no_sum),
@@ -167,7 +168,7 @@ def signals_of(question: Question, model: str, noise: float, rounds: int) -> Sig
     mean_noise = update_snr = moment_snr = None
     if rounds:
         mean_noise = factor * noise * config.privacy.max_grad_norm / question.batch
-        update_snr = question.batch / (factor * noise * math.sqrt(count_parameters(config.model)))
+        update_snr = question.batch / (factor * noise * math.sqrt(discriminator_size(config.model)))
     if config.moments.moment_rounds:
         spread = factor * config.moments.moment_noise_multiplier * math.sqrt(feature_dimension(config.model))
         moment_snr = question.persons / (feature_rows(config.model) * spread)
@@ -204,9 +205,11 @@ def _notes(question: Question, rounds: int, no_sum: str) -> list[str]:
     else:
         notes.append(f"no distributed run: {no_sum}")
     if rounds and config.moments.moment_rounds:
-        notes.append(
-            "the verdict rests on the moment release: adversarial rounds have not been seen to help at these sizes yet"
-        )
+        if config.model.loss == "cross-entropy":
+            seen = "rounds that teach a classifier make labels better, not pictures"
+        else:
+            seen = "adversarial rounds have not been seen to help at these sizes yet"
+        notes.append(f"the verdict rests on the moment release: {seen}")
     elif not rounds and config.training.num_rounds:
         notes.append("not one round fits beside the moment release: it is all there is")
     if config.training.local_steps > 1:

@@ -75,7 +75,9 @@ def _distributed(plan: Plan, held: Question) -> Suggestion | None:
 
 
 def _moments_only(plan: Plan, held: Question) -> Suggestion | None:
-    """All of epsilon for the moment release, which the plan may not have."""
+    """All of epsilon for the moment release, which the plan may not have; not where the rounds teach a classifier, which help."""
+    if held.config.model.loss == "cross-entropy":
+        return None
     noise = least_moment_noise(plan.budget, held.config.privacy.delta)
     options: dict[str, Scalar] = {"num-rounds": 0, "moment-noise-multiplier": _rounded_up(noise)}
     if not held.config.moments.moment_rounds:

@@ -9,11 +9,12 @@ Of a secure sum of n peers, whose keys are dealt for R rounds at once (`common.s
 
 from dataclasses import dataclass
 
+from common.models.discriminators import discriminator_size
 from common.privacy.masks import KEY_BYTES, SEAL_BYTES
 from common.privacy.secret_sharing import SHARE_BYTES
 from common.secure_messages import PAIR_BYTES
 from simulations.plan_question import ALONE, DISTRIBUTED, Question
-from simulations.plan_sizes import count_parameters, feature_dimension, feature_rows
+from simulations.plan_sizes import feature_dimension, feature_rows
 
 # A float32, or a masked uint32.
 VALUE_BYTES, LABEL_BYTES = 4, 8
@@ -47,7 +48,7 @@ def traffic_of(question: Question, model: str, rounds: int) -> Traffic:
     config = question.config
     gradient = moments = fakes = 0
     if rounds:
-        gradient = VALUE_BYTES * count_parameters(config.model)
+        gradient = VALUE_BYTES * discriminator_size(config.model)
     if config.moments.moment_rounds:
         moments = VALUE_BYTES * feature_rows(config.model) * feature_dimension(config.model)
     if rounds and config.training.local_steps > 1:

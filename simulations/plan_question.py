@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.fields import Scalar
-from common.privacy.planner import with_cohort
+from common.privacy.planner import with_cohort, with_moment_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.sections import PrivacyConfig
 from simulations.recipe import load_recipe
@@ -106,6 +106,10 @@ def ask(recipe: str, overrides: Mapping[str, Scalar], asked: Asked) -> Question:
         )
     solved = _solved(options, loaded)
     config = _with_units(loaded, options, asked)
+    if config.moments.moment_rounds and config.moments.moment_noise_multiplier == 0:
+        # Told to the run as well: its epsilon may be what is computed here.
+        config = _rounded(with_moment_noise(config))
+        options["moment-noise-multiplier"] = config.moments.moment_noise_multiplier
     privacy, cohort, no_cohort = config.privacy, None, ""
     try:
         cohort = _cohort(config)
@@ -121,6 +125,12 @@ def ask(recipe: str, overrides: Mapping[str, Scalar], asked: Asked) -> Question:
         if value != before:
             options[key] = value
     return Question(recipe, config, options, solved, cohort, no_cohort)
+
+
+def _rounded(config: RunConfig) -> RunConfig:
+    """The configuration with a moment noise of three digits after the point, rounded up, for people to type."""
+    noise = math.ceil(config.moments.moment_noise_multiplier * 1000) / 1000
+    return dataclasses.replace(config, moments=dataclasses.replace(config.moments, moment_noise_multiplier=noise))
 
 
 def changed(question: Question, **sections: Mapping[str, object]) -> Question:

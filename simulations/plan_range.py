@@ -4,10 +4,11 @@ import dataclasses
 
 from common.errors import ConfigError
 from common.messages import Stage
+from common.models.discriminators import discriminator_size
 from common.privacy.units import PrivacyModel
 from common.secure_messages import lattice_for
 from simulations.plan_question import Question
-from simulations.plan_sizes import count_parameters, feature_dimension, feature_rows
+from simulations.plan_sizes import feature_dimension, feature_rows
 
 
 def check_range(question: Question, noise: float, rounds: int) -> None:
@@ -25,4 +26,4 @@ def check_range(question: Question, noise: float, rounds: int) -> None:
         features = feature_rows(config.model) * feature_dimension(config.model)
         lattice_for(privacy, Stage.MOMENTS, config.moments.moment_noise_multiplier, features)
     if rounds:
-        lattice_for(privacy, Stage.GRADIENTS, noise, count_parameters(config.model))
+        lattice_for(privacy, Stage.GRADIENTS, noise, discriminator_size(config.model))

@@ -2,26 +2,8 @@
 
 from functools import lru_cache
 
-import torch
-
-from common.models.discriminators import DISCRIMINATORS
 from common.models.features import RandomFeatures
-from common.models.flat import num_parameters
 from common.sections import ModelConfig
-
-
-@lru_cache(maxsize=64)
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of the discriminator, counted without making any."""
-    with torch.device("meta"):
-        return num_parameters(
-            DISCRIMINATORS[model.discriminator](
-                image_size=model.image_size,
-                channels=model.channels,
-                num_classes=model.num_classes,
-                width=model.discriminator_width,
-            )
-        )
 
 
 def feature_dimension(model: ModelConfig) -> int:

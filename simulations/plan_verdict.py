@@ -1,8 +1,9 @@
 """Hopeless, marginal or good: what our own recorded runs looked like at their signal-to-noise.
 
 The signal-to-noise of the moment release is the units of a class over the norm of that class's noise (simulations/plan.py).
-In every recorded run nearly all that was learned came from that release, so it decides. The adversarial rounds have not
-been seen to help at these sizes (docs/results.md); where there is no moment release, nothing good has been seen.
+In every recorded run what images look like was learned from that release, so it decides. Rounds against fakes have not been
+seen to help at these sizes (docs/results.md); rounds that teach a classifier do, and rest on the moments all the same
+(docs/quality.md). Where there is no moment release, nothing good has been seen.
 """
 
 import math

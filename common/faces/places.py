@@ -32,6 +32,19 @@ def absolute(source: str) -> str:
     return f"{scheme[0]}{path}{comma}{rest}"
 
 
+def name_of(source: str) -> str:
+    """`source` without the folders that lead to it, for whoever is elsewhere: `faces` of `/home/me/faces`."""
+    place, scheme = local_path(source), _SCHEME.match(source)
+    if scheme is None:
+        return "" if place is None else place.name or "/"
+    first, *rest = source[scheme.end() :].split(",")
+    # A folder that is gone is no path here any more, and is not to be told of all the same.
+    gone = scheme[1] in _LOCAL_SCHEMES and Path(first).expanduser().is_absolute()
+    first = place.name if place is not None else Path(first).name if gone else first
+    named = (f"{key}{equals}{Path(value).name}" for key, equals, value in (part.partition("=") for part in rest))
+    return f"{scheme[0]}{','.join([first, *named])}"
+
+
 def overlap(one: str, other: str) -> bool:
     """Whether two sources are the same, or one lies within the other."""
     places = local_path(one), local_path(other)

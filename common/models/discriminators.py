@@ -5,13 +5,14 @@ depend on another's, or clipping bounds nothing. `common.privacy.clipping.check_
 source of a network normalises over the batch, ours normalises over groups of an image's own channels (Wu and He 2018,
 "Group normalization"). Dropout is no mixing, if its masks are drawn as `common.models.stochastic` says.
 
-A conditional discriminator adds the inner product of its last features with an embedding of the class (Miyato and
+A conditional discriminator of real against fake adds the inner product of its last features with an embedding of the class (Miyato and
 Koyama 2018, "cGANs with projection discriminator"); the features keep their positions here instead of being pooled,
-as our networks are shallow.
+as our networks are shallow. Under the loss `cross-entropy` it is a classifier instead, `ClassDiscriminator`.
 """
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import cast
 
@@ -20,6 +21,8 @@ from torch import nn
 
 from common.errors import ConfigError
 from common.models import build_initialised
+from common.models.flat import num_parameters
+from common.models.scattering import Scattering
 from common.sections import ModelConfig
 
 # image size -> number of halvings: 28 ends at 7x7, the others at 4x4
@@ -186,6 +189,47 @@ class ResNetDiscriminator(Discriminator):
         super().__init__(nn.Sequential(*blocks, nn.LeakyReLU(0.2), nn.Flatten()), widths[-1] * side**2, num_classes)
 
 
+class ScatteringDiscriminator(Discriminator):
+    """One linear layer on the fixed features of `common.models.scattering`; `width` has no part in it.
+
+    Its gradient is the features, of norm 1 or less, and 1 for the bias, times one number a logit.
+    """
+
+    def __init__(self, *, image_size: int, channels: int, num_classes: int, width: int) -> None:
+        _check_shape(image_size, channels, num_classes, width)
+        body = Scattering(image_size, channels)
+        super().__init__(body, body.num_features, num_classes)
+
+
+class ClassDiscriminator(nn.Module):
+    """A discriminator's body under one logit a class: it tells the classes of an image, not whether it is real.
+
+    The classifier of an auxiliary-classifier GAN (Odena, Olah and Shlens 2017, "Conditional image synthesis with auxiliary
+    classifier GANs") by itself; that an image looks real is left to the moment term.
+    """
+
+    def __init__(self, body: nn.Module, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.classes = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The margin (B,) of each image's own class, l_y - log sum_{j != y} exp(l_j).
+
+        Its logistic loss is the cross-entropy of the softmax: softplus(-margin) = -log softmax(l)_y.
+        """
+        logits = self.classify(images)
+        own = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+        others = logits.masked_fill(own, -math.inf).logsumexp(1)
+        return logits.gather(1, labels[:, None]).squeeze(1) - others
+
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W) in [-1, 1], float32: a margin is a small difference of large ones."""
+        features = self.body(images).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return cast(torch.Tensor, self.classes(features))
+
+
 def _check_shape(image_size: int, channels: int, num_classes: int, width: int) -> None:
     if image_size not in _HALVINGS:
         raise ConfigError(f"image_size is {image_size}; discriminators take {sorted(_HALVINGS)}: choose one of these")
@@ -202,25 +246,58 @@ DISCRIMINATORS: dict[str, Callable[..., Discriminator]] = {
     "conv-dropout": ConvDropoutDiscriminator,
     "deep-conv": DeepConvDiscriminator,
     "resnet": ResNetDiscriminator,
+    "scattering": ScatteringDiscriminator,
 }
 
 
-def build_discriminator(name: str, *, image_size: int, channels: int, num_classes: int, width: int) -> Discriminator:
+def build_discriminator(
+    name: str, *, image_size: int, channels: int, num_classes: int, width: int, classifier: bool = False
+) -> Discriminator | ClassDiscriminator:
     """Build a discriminator of the registry, its weights from a fixed seed; draw a run's own with
     `common.models.initialise`.
 
-    num_classes 0 means unconditional. Raises ConfigError for an unknown name or an impossible shape.
+    num_classes 0 means unconditional. classifier: its body as a `ClassDiscriminator`. Raises ConfigError for an unknown
+    name or an impossible shape.
     """
     if name not in DISCRIMINATORS:
         raise ConfigError(f"discriminator is {name!r}; known are {sorted(DISCRIMINATORS)}: choose one of these")
-    kind = DISCRIMINATORS[name]
+    if classifier and num_classes < 2:
+        raise ConfigError(f"a classifier of num_classes = {num_classes}; it takes 2 or more")
+
     module = build_initialised(
-        lambda: kind(image_size=image_size, channels=channels, num_classes=num_classes, width=width)
+        lambda: _construct(
+            name, classifier, image_size=image_size, channels=channels, num_classes=num_classes, width=width
+        )
     )
-    return cast(Discriminator, module)
+    return cast(Discriminator | ClassDiscriminator, module)
 
 
-def discriminator_of(model: ModelConfig) -> Discriminator:
+def _construct(
+    name: str, classifier: bool, *, image_size: int, channels: int, num_classes: int, width: int
+) -> Discriminator | ClassDiscriminator:
+    kind = DISCRIMINATORS[name]
+    if not classifier:
+        return kind(image_size=image_size, channels=channels, num_classes=num_classes, width=width)
+    bare = kind(image_size=image_size, channels=channels, num_classes=0, width=width)
+    return ClassDiscriminator(bare.body, bare.head.in_features, num_classes)
+
+
+@lru_cache(maxsize=64)
+def discriminator_size(model: ModelConfig) -> int:
+    """Parameters of the discriminator that a run names, counted without memory for any of them."""
+    with torch.device("meta"):
+        network = _construct(
+            model.discriminator,
+            model.loss == "cross-entropy",
+            image_size=model.image_size,
+            channels=model.channels,
+            num_classes=model.num_classes,
+            width=model.discriminator_width,
+        )
+    return num_parameters(network)
+
+
+def discriminator_of(model: ModelConfig) -> Discriminator | ClassDiscriminator:
     """The discriminator that a run's configuration names, in channels-last memory, where clipping is quickest."""
     module = build_discriminator(
         model.discriminator,
@@ -228,5 +305,6 @@ def discriminator_of(model: ModelConfig) -> Discriminator:
         channels=model.channels,
         num_classes=model.num_classes,
         width=model.discriminator_width,
+        classifier=model.loss == "cross-entropy",
     )
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

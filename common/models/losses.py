@@ -20,9 +20,11 @@ class GANLoss(Protocol):
     """Logits (B,), high for real, to losses (B,).
 
     bounded_weights: whether the discriminator's weights must be projected after each of its steps (`project_weights`).
+    sees_fakes: whether there is a half on fakes at all.
     """
 
     bounded_weights: bool
+    sees_fakes: bool
 
     def real(self, logits: torch.Tensor) -> torch.Tensor:
         """The discriminator's loss on real images."""
@@ -45,6 +47,7 @@ class MinimaxLoss:
     """
 
     bounded_weights = False
+    sees_fakes = True
 
     def real(self, logits: torch.Tensor) -> torch.Tensor:
         """-log s(l) = softplus(-l)."""
@@ -77,6 +80,7 @@ class HingeLoss:
     """
 
     bounded_weights = False
+    sees_fakes = True
 
     def real(self, logits: torch.Tensor) -> torch.Tensor:
         """max(0, 1 - l)."""
@@ -98,6 +102,7 @@ class LeastSquaresLoss:
     """
 
     bounded_weights = False
+    sees_fakes = True
 
     def real(self, logits: torch.Tensor) -> torch.Tensor:
         """(l - 1)^2 / 2."""
@@ -120,6 +125,7 @@ class WassersteinLoss:
     """
 
     bounded_weights = True
+    sees_fakes = True
 
     def real(self, logits: torch.Tensor) -> torch.Tensor:
         """-l."""
@@ -132,6 +138,20 @@ class WassersteinLoss:
     def generator(self, logits: torch.Tensor) -> torch.Tensor:
         """-l."""
         return -logits
+
+
+class CrossEntropyLoss(BCELoss):
+    """Cross-entropy of the classes, of margins instead of logits (`common.models.discriminators.ClassDiscriminator`).
+
+    real(m) = generator(m) = softplus(-m) = -log softmax(l)_y: the discriminator learns the classes of the photographs, and the
+    generator is to draw what it takes for the class asked for. Fakes teach the discriminator nothing: fake(m) = 0.
+    """
+
+    sees_fakes = False
+
+    def fake(self, logits: torch.Tensor) -> torch.Tensor:
+        """0, with a gradient of 0."""
+        return logits * 0.0
 
 
 def project_weights(discriminator: nn.Module, loss: GANLoss, weight_clip: float) -> None:
@@ -157,4 +177,5 @@ LOSSES: dict[str, GANLoss] = {
     "hinge": HingeLoss(),
     "least-squares": LeastSquaresLoss(),
     "wasserstein": WassersteinLoss(),
+    "cross-entropy": CrossEntropyLoss(),
 }

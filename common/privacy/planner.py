@@ -10,6 +10,9 @@ from common.privacy.accounting import Release, calibrate_noise_multiplier, epsil
 from common.privacy.masks import MAX_DEALT
 from common.privacy.units import PrivacyModel
 
+# Of epsilon, what the moment release costs by itself: less, and the features drown; more, and the rounds do.
+_MOMENT_SHARE = 0.5
+
 
 def planned_steps(config: RunConfig) -> int:
     """Discriminator steps of a whole run."""
@@ -47,12 +50,25 @@ def with_cohort(config: RunConfig) -> RunConfig:
     return config
 
 
+def with_moment_noise(config: RunConfig) -> RunConfig:
+    """The configuration with a moment noise multiplier, where it was left open: the release by itself costs half of epsilon,
+    all of it where there are no rounds.
+    """
+    privacy, moments = config.privacy, config.moments
+    open_noise = moments.moment_rounds > 0 and moments.moment_noise_multiplier == 0
+    if not open_noise or privacy.privacy_model is PrivacyModel.NONE:
+        return config
+    share = _MOMENT_SHARE if planned_steps(config) else 1.0
+    sigma = calibrate_noise_multiplier(share * privacy.epsilon, privacy.delta, 1.0, moments.moment_rounds)
+    return dataclasses.replace(config, moments=dataclasses.replace(moments, moment_noise_multiplier=sigma))
+
+
 def with_noise(config: RunConfig) -> RunConfig:
-    """The configuration with the noise multiplier that its epsilon, delta and schedule ask for, and with its cohort.
+    """The configuration with the noise multipliers that its epsilon, delta and schedule ask for, and with its cohort.
 
     A noise multiplier that is given is kept, and checked. Raises ConfigError where the budget cannot hold the schedule.
     """
-    config = with_cohort(config)
+    config = with_moment_noise(with_cohort(config))
     privacy, moments = config.privacy, config.moments
     if privacy.privacy_model is PrivacyModel.NONE:
         return dataclasses.replace(config, privacy=dataclasses.replace(privacy, noise_multiplier=0.0))

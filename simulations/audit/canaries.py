@@ -164,7 +164,9 @@ def _unit_gradients(
 
 
 def fakes_for(canaries: Canaries, steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Fakes of a round of several steps, their labels, and the mean of their clipped gradients over C, (d,) float32."""
+    """Fakes of a round of several steps, their labels, and the mean of their clipped gradients over C, (d,) float32: zeros
+    under a loss without a half on fakes.
+    """
     model, rng = canaries.config.model, np.random.default_rng(seed)
     count = steps * canaries.config.training.fake_batch
     images = rng.integers(0, 256, (count, model.channels, model.image_size, model.image_size), dtype=np.uint8)
@@ -173,6 +175,8 @@ def fakes_for(canaries: Canaries, steps: int, seed: int = 0) -> tuple[np.ndarray
     set_flat(discriminator, canaries.weights)
     clip = canaries.config.privacy.max_grad_norm
     total = np.zeros(len(canaries.weights))
+    if not LOSSES[model.loss].sees_fakes:
+        return images, labels, total.astype(np.float32)
     for index in range(count):
         one = torch.from_numpy(images[index : index + 1]).float() / 127.5 - 1
         own = None if labels is None else torch.from_numpy(labels[index : index + 1])

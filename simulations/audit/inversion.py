@@ -269,7 +269,8 @@ def _asked(config: RunConfig, shape_of: ModelConfig, discriminator: str, width: 
         discriminator=discriminator,
         discriminator_width=width,
     )
-    return RunConfig(model=model, privacy=dataclasses.replace(config.privacy, sample_rate=1.0))
+    moments = dataclasses.replace(config.moments, moment_rounds=0)
+    return RunConfig(model=model, privacy=dataclasses.replace(config.privacy, sample_rate=1.0), moments=moments)
 
 
 def _network(model: ModelConfig) -> torch.nn.Module:

@@ -196,7 +196,7 @@ class _Auditor:
         loss, limit = LOSSES[asked.model.loss], asked.privacy.max_grad_norm
         own = unit_gradients(self._discriminator, loss.real, *self._canaries, self._units, limit)
         others = [unit_gradients(self._discriminator, loss.real, *self._known, None, limit)]
-        if asked.fakes is not None:
+        if asked.fakes is not None and loss.sees_fakes:
             images = from_uint8(asked.fakes[:_KNOWN]).to(self._device)
             given = asked.fake_labels
             labels = None if given is None else torch.from_numpy(given[:_KNOWN].copy()).to(self._device)

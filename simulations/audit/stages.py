@@ -125,13 +125,16 @@ class Stages:
         """The sum over a round's steps tells how often each unit was drawn; the fakes must count as declared."""
         privacy, steps = self.config.privacy, min(self.config.training.local_steps, _MOST_STEPS)
         fakes, labels, of_fakes = fakes_for(self.canaries, steps)
-        signals = np.vstack([self.canaries.contributions, of_fakes])
-        inverse, units = inverse_gram(signals), len(signals) - 1
+        signals, units = self.canaries.contributions, len(self.canaries.contributions)
+        # Fakes that must add nothing have no direction to look along: what they add all the same is found in the noise.
+        if of_fakes.any():
+            signals = np.vstack([signals, of_fakes])
+        inverse, known = inverse_gram(signals), np.full(len(signals) - units, _STEP_BATCH)
         scale = _STEP_BATCH / privacy.max_grad_norm
 
         def keep(release: np.ndarray) -> np.ndarray:
             coefficients = inverse @ (signals @ (release * scale))
-            signal = np.append(np.rint(coefficients[:units] * steps) / steps, _STEP_BATCH) @ signals
+            signal = np.append(np.rint(coefficients[:units] * steps) / steps, known) @ signals
             left = release * scale - signal
             return np.concatenate([coefficients, [_along(left, signal)], left]).astype(np.float32)
 
@@ -149,16 +152,17 @@ class Stages:
             return
         sigma /= math.sqrt(steps)
         times = np.rint(flat[:, :units] * steps)
-        off = flat[:, : units + 1] - np.column_stack([times / steps, np.full(len(flat), _STEP_BATCH)])
+        read = len(signals)
+        off = flat[:, :read] - np.column_stack([times / steps, np.tile(known, (len(flat), 1))])
         off /= sigma * np.sqrt(np.diag(inverse))
         self.tests += [
             deviation_test("steps: contribution of units", off[:, :units]),
-            deviation_test("steps: contribution of fakes", off[:, units]),
+            *(deviation_test("steps: contribution of fakes", off[:, row]) for row in range(units, read)),
             rate_test("steps: draws: rate", int(times.sum()), times.size * steps, rate),
             # Once for the round instead of for each step would be all or nothing.
             rate_test("steps: drawn twice", int((times > 1).sum()), times.size, float(stats.binom.sf(1, steps, rate))),
-            direction_test("steps: noise: along what it hides", flat[:, units + 1] / sigma),
-            *noise_tests("steps: noise", flat[:, units + 2 :] / sigma, self.canaries.layers),
+            direction_test("steps: noise: along what it hides", flat[:, read] / sigma),
+            *noise_tests("steps: noise", flat[:, read + 1 :] / sigma, self.canaries.layers),
         ]
 
     def moments(self) -> None:

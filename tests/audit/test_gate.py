@@ -2,14 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
 
 from client.app import create_app
 from common.config import RunConfig
 from common.errors import ConfigError
+from common.gradients import fake_mean
+from common.models.losses import BCELoss, GANLoss
 from simulations.audit.canaries import make_canaries
 from simulations.audit.estimate import measured_epsilon
 from simulations.audit.gate import GateReport, audit_gate
@@ -87,10 +91,40 @@ VIEWS = tiny_config(privacy_model="local", sample_rate=0.1, augment="flip,crop",
 DROPOUT = tiny_config(privacy_model="central", sample_rate=0.1, discriminator="conv-dropout", discriminator_width=4)
 WASSERSTEIN = tiny_config(privacy_model="local", local_steps=2, sample_rate=0.1, loss="wasserstein", weight_clip=0.01)
 LARGE_BATCH = tiny_config(privacy_model="local", local_steps=2, sample_rate=0.1, expected_batch=500.0)
+TELLING = {"loss": "cross-entropy", "num_classes": 3, "generator_batch": 6, "sample_rate": 0.1}
+SCATTERED = tiny_config(privacy_model="local", local_steps=2, discriminator="scattering", **TELLING)  # type: ignore[arg-type]
+TOLD = tiny_config(privacy_model="local", local_steps=2, **TELLING)  # type: ignore[arg-type]
+TOLD_CENTRAL = tiny_config(privacy_model="central", discriminator="dcgan", **TELLING)  # type: ignore[arg-type]
+SCATTERED_SUM = tiny_config(
+    privacy_model="distributed",
+    num_clients=4,
+    survivors=3,
+    discriminator="scattering",
+    **TELLING,  # type: ignore[arg-type]
+)
+
+
+def test_a_classifier_on_fixed_features_passes(tmp_path: Path) -> None:
+    report = audited(tmp_path, SCATTERED)
+    assert report.passed, report.alarms
+    assert report.discriminator == "scattering"
+    names = {test.name for test in report.tests}
+    assert "steps: contribution of units" in names
+    assert "steps: contribution of fakes" not in names
+
+
+def test_a_classifier_that_fakes_teach_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taught(discriminator: nn.Module, _loss: GANLoss, *given: Any) -> Tensor:
+        return fake_mean(discriminator, BCELoss(), *given)
+
+    monkeypatch.setattr("client.discriminator.fake_mean", taught)
+    assert not audited(tmp_path, TOLD).passed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CLASSES, IMAGES, VIEWS, DROPOUT, WASSERSTEIN, LARGE_BATCH])
+@pytest.mark.parametrize(
+    "config", [CLASSES, IMAGES, VIEWS, DROPOUT, WASSERSTEIN, LARGE_BATCH, TOLD, TOLD_CENTRAL, SCATTERED_SUM]
+)
 def test_other_runs_pass(tmp_path: Path, config: RunConfig) -> None:
     assert audited(tmp_path, config).alarms == []
 

@@ -107,6 +107,14 @@ def test_the_audit_tells_what_it_did() -> None:
     assert all(attack["back_noised"] == attack["back_budget"] == 0 for attack in told["attacks"])
 
 
+def test_a_run_that_tells_classes_is_attacked_all_the_same() -> None:
+    """The coordinator asks for a network and a loss of its own, whatever the run's are."""
+    told = {"loss": "cross-entropy", "num_classes": 3, "discriminator": "scattering", "adaptive": False}
+    audit = audit_inversion(shipped(**told), images=4, inverted=1)  # type: ignore[arg-type]
+    assert audit.controls_hold
+    assert audit.passed
+
+
 def test_a_client_that_forgets_its_noise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.discriminator, "add_gaussian_noise", lambda total, *_: total)
     audit = audit_inversion(shipped(), images=8, inverted=1)

@@ -78,6 +78,27 @@ def test_a_discriminator_that_knows_its_faces_by_heart_is_told(tmp_path: Path) -
     assert (found.ceilings, found.kept, found.epsilon) == ((), None, None)
 
 
+def test_a_classifier_that_knows_its_faces_by_heart_is_told(tmp_path: Path) -> None:
+    """Labels without a rule can only be learned by heart: the margin of a face is its score."""
+    options: dict[str, Scalar] = {
+        "privacy_model": "none",
+        "unit": "image",
+        "num_classes": 2,
+        "loss": "cross-entropy",
+        "num_rounds": 60,
+        "moment_rounds": 0,
+        "sample_rate": 1.0,
+        "expected_batch": 20.0,
+        "checkpoint_every": 60,
+    }
+    run = _run(tmp_path, random_faces(20, 2, num_classes=2), **options)
+    found = audit_membership(run, random_faces(400, 1, seed=1, num_classes=2), generated=50)
+    logan, *others = found.attacks
+    assert logan.attack == "logan"
+    assert logan.auc_low > 0.9
+    assert [attack.attack for attack in others] == ["monte-carlo", "gan-leaks"]
+
+
 def test_persons_are_judged_whole_and_the_promise_is_reported(tmp_path: Path) -> None:
     run = _run(tmp_path, random_faces(12, 3))
     holdout = random_faces(1100, 2, seed=1)
@@ -166,6 +187,9 @@ MEMORISE: dict[str, Scalar] = {
     "sample-rate": 1.0,
     "expected-batch": 100.0,
     "discriminator": "mlp",
+    "discriminator-width": 16,
+    "max-grad-norm": 1.0,
+    "refine-steps": 0,
     "generator-width": 16,
     "generator-batch": 64,
     "loss": "least-squares",

@@ -85,8 +85,9 @@ def test_under_central_nothing_clear_is_heard(tmp_path: Path, monkeypatch: pytes
         {"privacy_model": "central", "unit": "image", "partitioner": "iid", "num_classes": 3, "moment_batch": 6},
         {"privacy_model": "local", "num_classes": 2, "loss": "wasserstein", "augment": "colour", "augment_views": 2},
         {"privacy_model": "central", "moment_rounds": 0, "loss": "hinge", "adaptive": True},
+        {"privacy_model": "local", "local_steps": 2, "num_classes": 3, "loss": "cross-entropy", "moment_batch": 6},
     ],
-    ids=["local-steps", "images-of-classes", "augmented-persons-of-classes", "no-moments"],
+    ids=["local-steps", "images-of-classes", "augmented-persons-of-classes", "no-moments", "classifier"],
 )
 def test_signal_is_heard_in_every_kind_of_run(tmp_path: Path, options: dict[str, object]) -> None:
     # Hardly any noise: whoever hears anything guesses nearly all.

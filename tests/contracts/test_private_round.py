@@ -57,7 +57,14 @@ def test_every_pair(generator: str, discriminator: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss(loss: str, tmp_path: Path) -> None:
-    one_run(tmp_path, loss=loss, weight_clip=0.03)
+    one_run(tmp_path, loss=loss, weight_clip=0.03, num_classes=0 if LOSSES[loss].sees_fakes else 2)
+
+
+@pytest.mark.parametrize("discriminator", DISCRIMINATORS)
+def test_every_classifier(discriminator: str, tmp_path: Path) -> None:
+    one_run(
+        tmp_path, discriminator=discriminator, loss="cross-entropy", num_classes=3, generator_batch=6, refine_steps=2
+    )
 
 
 @pytest.mark.parametrize("size", IMAGE_SIZES)

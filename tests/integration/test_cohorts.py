@@ -159,7 +159,7 @@ def cost(config: RunConfig, rounds: int) -> float:
 
 def test_others_take_the_places_of_those_whose_budgets_are_spent(tmp_path: Path) -> None:
     """Two of four can pay for the moment round alone; the run goes on with the other two, and ends where these are spent."""
-    config = tiny_config(privacy_model="local", cohort_size=2, num_rounds=8, epsilon=20.0)
+    config = tiny_config(privacy_model="local", cohort_size=2, num_rounds=8, epsilon=20.0, moment_noise_multiplier=3.73)
 
     def policy(client: int, node: dict[str, Scalar]) -> dict[str, Scalar]:
         return node | {"max-epsilon": cost(config, 0) if client < 2 else cost(config, 5)}

@@ -253,12 +253,17 @@ def test_adaptive_steps_rise_while_the_discriminator_is_poor() -> None:
     flat = tiny_config(privacy_model="none").to_flat() | {"adaptive": True, "discriminator-steps": 2}
     state = CoordinatorState.fresh(RunConfig.from_flat(flat), RUN_ID)
     trainer = GeneratorTrainer(state)
+    fakes = torch.zeros(4, 1, 28, 28)
 
     def rounds(count: int, accuracy: float) -> list[int]:
         steps = []
+        with torch.no_grad():
+            for parameter in state.discriminator.parameters():
+                parameter.zero_()
+            state.discriminator.head.bias.fill_(-1.0 if accuracy else 1.0)  # type: ignore[union-attr]
         for _ in range(count):
             state.rounds_since_generator_step += 1
-            trainer.note_accuracy(accuracy)
+            assert trainer.accuracy(fakes, None) == {"fake_accuracy": accuracy}
             steps.append(state.discriminator_steps)
             if state.rounds_since_generator_step >= state.discriminator_steps:
                 state.rounds_since_generator_step = 0

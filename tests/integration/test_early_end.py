@@ -81,7 +81,7 @@ def budgets(config: RunConfig, releases: list[int]) -> dict[int, float]:
 
 
 def test_spent_clients_leave_and_too_few_end_the_run(tmp_path: Path) -> None:
-    config = tiny_config(num_rounds=8, privacy_model="local")
+    config = tiny_config(num_rounds=8, privacy_model="local", moment_noise_multiplier=3.73)
     allowed = budgets(config, [1, 3, 8])
 
     def poorer(client: int, node: dict[str, Scalar]) -> dict[str, Scalar]:

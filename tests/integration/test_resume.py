@@ -44,6 +44,20 @@ CONFIGS = {
         "loss": "wasserstein",
         "augment": "crop, colour",
     },
+    "classifier": {
+        "privacy_model": "central",
+        "num_classes": 3,
+        "loss": "cross-entropy",
+        "generator_batch": 6,
+        "refine_steps": 3,
+    },
+    "refined, views and dropout": {
+        "privacy_model": "local",
+        "discriminator": "conv-dropout",
+        "augment": "crop, colour",
+        "discriminator_steps": 3,
+        "refine_steps": 3,
+    },
 }
 CLIENTS = 2
 
@@ -57,11 +71,13 @@ def setting(name: str) -> tuple[RunConfig, list[FaceDataset]]:
 class StopAt:
     """An observer, and a client, that press Ctrl-C at a chosen moment."""
 
-    def __init__(self, fit_step: int | None = None, server_round: int | None = None) -> None:
-        self._fit_step, self._round = fit_step, server_round
+    def __init__(
+        self, fit_step: int | None = None, server_round: int | None = None, refined: int | None = None
+    ) -> None:
+        self._fit_step, self._round, self._refined = fit_step, server_round, refined
 
     def fit_stepped(self, state: CoordinatorState) -> None:
-        if state.generator_steps == self._fit_step:
+        if state.generator_steps == self._fit_step or (self._refined is not None and state.refined == self._refined):
             raise KeyboardInterrupt
 
     def round_ended(self, state: CoordinatorState) -> None:
@@ -93,7 +109,8 @@ def everything(state: CoordinatorState) -> dict[str, object]:
     for name in ("generator_optimizer", "discriminator_optimizer"):
         for i, slot in getattr(state, name).state_dict()["state"].items():
             found |= {f"{name}.{i}.{key}": value for key, value in slot.items()}
-    for name in ("run_id", "next_round", "generator_steps", "discriminator_steps", "rounds_since_generator_step"):
+    names = ("run_id", "next_round", "generator_steps", "primed", "refined", "discriminator_steps")
+    for name in (*names, "rounds_since_generator_step"):
         found[name] = getattr(state, name)
     found |= {"fake_accuracy": state.fake_accuracy, "charged": state.charged}
     return found | {f"last.{key}": value for key, value in state.last.items() if key != "seconds"}
@@ -152,6 +169,33 @@ def test_interrupted_after_rounds_and_within_the_fit(
     if name != "none, adaptive":
         expected = Counter({(kind, n): 1 for kind in ("charged", "released") for n in lines})
         assert rounds_in_ledgers(folder) == rounds_in_ledgers(whole) == [expected] * CLIENTS
+
+
+@pytest.mark.parametrize("name", ["classifier", "refined, views and dropout"])
+@pytest.mark.parametrize("every_step_saved", [False, True])
+def test_interrupted_within_the_refinement(
+    tmp_path: Path, name: str, every_step_saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, shares = setting(name)
+    whole, folder = _made(tmp_path / "whole"), _made(tmp_path / "broken")
+    unbroken = train(whole, CoordinatorState.fresh(config, RUN_ID), shares)
+    assert unbroken.refined == 3
+    assert unbroken.complete
+    monkeypatch.setattr(server.coordinator, "_FIT_CHECKPOINT_S", -1.0 if every_step_saved else 1e9)
+    state = CoordinatorState.fresh(config, RUN_ID)
+    saved = []
+    for step in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, state, shares, [RunRecorder(folder, state), StopAt(refined=step)])
+        state = CheckpointStore(folder).load()
+        assert state.next_round == unbroken.next_round
+        saved.append(state.refined)
+    # The last step is on the disk in any case.
+    assert saved == ([1, 2, 3] if every_step_saved else [0, 0, 3])
+    assert_same(resumed(folder, shares), unbroken)
+    assert rounds_in_ledgers(folder) == rounds_in_ledgers(whole)
+    lines = [json.loads(line)["round"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, unbroken.last_round + 1))
 
 
 @pytest.mark.parametrize("name", ["central", "local", "local, several steps"])

@@ -91,9 +91,10 @@ def test_an_int_may_stand_for_a_float_and_becomes_one() -> None:
         ("num-classes", 1, 1001),
         ("latent-dim", 0, 1025),
         ("moment-rounds", -1, 2),
-        ("moment-noise-multiplier", 0.0, float("nan")),
+        ("moment-noise-multiplier", -0.1, float("nan")),
         ("moment-batch", 1, 10**5 + 1),
         ("num-rounds", -1, 10**7 + 1),
+        ("refine-steps", -1, 10**7 + 1),
         ("local-steps", 0, 10**4 + 1),
         ("discriminator-lr", 0.0, 10.5),
         ("ema-decay", -0.1, 1.0),
@@ -127,6 +128,9 @@ def test_a_value_out_of_range_is_refused_and_named(key: str, low: Scalar, high: 
         ({"partitioner": "person", "partition-by": "race"}, "others none"),
         ({"num-classes": 10, "moment-batch": 19}, "moment-batch = 19"),
         ({"num-classes": 10, "generator-batch": 19}, "generator-batch = 19"),
+        ({"loss": "cross-entropy"}, "cross-entropy with num-classes = 0"),
+        ({"loss": "cross-entropy", "num-classes": 2, "adaptive": True}, "adaptive under loss = cross-entropy"),
+        ({"loss": "cross-entropy", "num-classes": 2, "stop-when": "fake-accuracy>0.9"}, "there is no fake-accuracy"),
     ],
 )
 def test_combinations_that_cannot_be_kept_are_refused(flat: dict[str, Scalar], told: str) -> None:
@@ -141,6 +145,7 @@ def test_combinations_that_cannot_be_kept_are_refused(flat: dict[str, Scalar], t
         {"privacy-model": "none", "local-steps": 5, "checkpoint-every": 7},
         {"moment-rounds": 1, "num-rounds": 0},
         {"moment-rounds": 0, "num-rounds": 1, "num-classes": 10, "moment-batch": 2},
+        {"loss": "cross-entropy", "num-classes": 2, "stop-when": "generator-loss<0.1", "discriminator": "scattering"},
     ],
 )
 def test_combinations_that_can_be_kept_are_accepted(flat: dict[str, Scalar]) -> None:

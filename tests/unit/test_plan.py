@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.config import flat_fields
 from common.errors import ConfigError
-from common.models.discriminators import DISCRIMINATORS, discriminator_of
+from common.models.discriminators import DISCRIMINATORS, discriminator_of, discriminator_size
 from common.models.features import RandomFeatures
 from common.models.flat import num_parameters
 from common.privacy.accounting import calibrate_noise_multiplier, epsilon_of
@@ -19,8 +20,8 @@ from simulations.plan import Plan, make_plan, noise_factor
 from simulations.plan_advice import suggest
 from simulations.plan_budget import MAX_ROUNDS, Schedule, least_moment_noise
 from simulations.plan_bytes import Traffic
+from simulations.plan_cli import run_command
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, Asked, ask
-from simulations.plan_sizes import count_parameters
 from simulations.plan_verdict import RECORDED_RUNS, ROUNDS_SEEN, THRESHOLDS, Verdict, judge
 from simulations.recipe import load_recipe
 
@@ -286,8 +287,31 @@ def test_equal_noise_is_equal_noise() -> None:
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 @pytest.mark.parametrize(("size", "classes"), [(28, 0), (64, 3)])
 def test_parameters_are_counted(name: str, size: int, classes: int) -> None:
-    model = ModelConfig(image_size=size, num_classes=classes, discriminator=name, discriminator_width=4)
-    assert count_parameters(model) == num_parameters(discriminator_of(model))
+    for loss in ("bce", "cross-entropy") if classes else ("bce",):
+        model = ModelConfig(image_size=size, num_classes=classes, discriminator=name, discriminator_width=4, loss=loss)
+        assert discriminator_size(model) == num_parameters(discriminator_of(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epsilon": 1.0},
+        {"epsilon": 2.0, "noise-multiplier": 1.0},
+        {"noise-multiplier": 0.7},
+        {"noise-multiplier": 2.0},
+        {"num-rounds": 0},
+        {"epsilon": 1.0, "num-rounds": 0},
+    ],
+)
+def test_a_moment_noise_left_open_is_the_same_in_the_plan_and_in_its_run(options: dict[str, Any]) -> None:
+    plan = plan_of("mnist", options)
+    words = run_command(plan)[3:]
+    told = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    kinds = {key: flat_fields()[key][0] for key in told}
+    config = with_noise(load_recipe("mnist", {key: kinds[key](value) for key, value in told.items()}))
+    assert config.moments.moment_noise_multiplier == plan.question.config.moments.moment_noise_multiplier
+    assert epsilon_of(run_releases(config), config.privacy.delta) == pytest.approx(plan.epsilon, rel=2e-3)
 
 
 def test_bytes_are_those_of_the_vectors() -> None:
@@ -341,7 +365,9 @@ def test_thresholds_lie_between_the_recorded_runs() -> None:
     # Rounds alone: nothing good was seen, and beyond what was tried nothing is known.
     assert judge(None, ROUNDS_SEEN).verdict is Verdict.HOPELESS
     assert judge(None, 2 * ROUNDS_SEEN).verdict is Verdict.MARGINAL
-    assert plan_of("mnist").chosen.signals.update_snr == pytest.approx(16.3, abs=0.05)
+    adversarial = {"privacy-model": "central", "discriminator": "dcgan", "discriminator-width": 16, "loss": "bce"}
+    batch = {"sample-rate": 0.03, "expected-batch": 180.0, "num-rounds": 300, "moment-noise-multiplier": 1.5}
+    assert plan_of("mnist", adversarial | batch).chosen.signals.update_snr == pytest.approx(16.3, abs=0.05)
 
 
 @pytest.mark.parametrize(

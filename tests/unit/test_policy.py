@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from client.policy import OwnerPolicy, discriminator_size
+from client.policy import OwnerPolicy
 from client.run_check import rounds_of
 from client.simulated import simulated_owner
 from common.config import RunConfig
@@ -16,7 +16,7 @@ from common.errors import ConfigError, PrivacyError, VisardError
 from common.faces import load_faces
 from common.fields import Scalar, key_of
 from common.messages import RoundInstructions
-from common.models.discriminators import DISCRIMINATORS, discriminator_of
+from common.models.discriminators import DISCRIMINATORS, discriminator_of, discriminator_size
 from common.models.flat import num_parameters
 from common.privacy.planner import with_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
@@ -68,7 +68,7 @@ def test_each_permission_allows_what_it_names(allowed: str, unit: str, model: st
 
 # A key of the policy, what a run asks, and values of the key of which the run passes the first and not the second.
 LIMITS: list[tuple[str, dict[str, Scalar], Any, Any]] = [
-    ("min-noise-multiplier", {"noise_multiplier": 2.0, "epsilon": 1e3}, 2.0, 2.0001),
+    ("min-noise-multiplier", {"noise_multiplier": 2.0, "moment_noise_multiplier": 3.73, "epsilon": 1e3}, 2.0, 2.0001),
     ("min-moment-noise-multiplier", {"moment_noise_multiplier": 2.0}, 2.0, 2.0001),
     ("min-cohort", {"min_clients": 5}, 5, 6),
     ("min-expected-batch", {"expected_batch": 3.0}, 3.0, 3.0001),
