@@ -39,7 +39,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from matplotlib.figure import Figure
-from settings import keep
+from settings import ADVERSARIAL, keep
 
 from client.app import app as shipped_client_app
 from client.secure_sum import SecureSum
@@ -103,6 +103,7 @@ class Cell:
     def config(self, data: str) -> RunConfig:
         """Its run, with the noise of the shortened one."""
         options: dict[str, Scalar] = {
+            **ADVERSARIAL,
             **SHORT,
             "data": data,
             "privacy-model": self.model,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from settings import settings
+from settings import ADVERSARIAL, settings
 
 from common.config import RunConfig
 from common.faces import FaceDataset, load_faces
@@ -85,8 +85,8 @@ def _plain(faces: FaceDataset) -> list[tuple[str, np.ndarray]]:
 
 
 def arm_config(arm: str, data: Path, overrides: dict[str, Scalar]) -> RunConfig:
-    """The recipe `mnist` with the arm's options, and with those given on top."""
-    return load_recipe("mnist", {**ARMS[arm][1], **overrides, "data": str(data)})
+    """The recipe `mnist`, adversarial, with the arm's options, and with those given on top."""
+    return load_recipe("mnist", {**ADVERSARIAL, **ARMS[arm][1], **overrides, "data": str(data)})
 
 
 def run_arm(

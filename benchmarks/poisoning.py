@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from settings import keep
+from settings import ADVERSARIAL, keep
 
 from client.app import app as shipped_client_app
 from common.applications.generate import TrainedGenerator
@@ -87,7 +87,7 @@ class Cell:
             "moment-noise-multiplier": MOMENT_NOISE / self.epsilon,
             "seed": self.seed,
         }
-        return load_recipe("mnist", {**SETTINGS, **changes, "data": data})
+        return load_recipe("mnist", {**ADVERSARIAL, **SETTINGS, **changes, "data": data})
 
 
 class Poisoned(ClientApp):

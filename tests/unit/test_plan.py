@@ -361,7 +361,7 @@ def test_thresholds_lie_between_the_recorded_runs() -> None:
     assert "above" in judge(1e6, None).because
     between = judge(3.0, None).because
     assert "London" in between
-    assert "MNIST `local`" in between
+    assert "MNIST at epsilon 1" in between
     # Rounds alone: nothing good was seen, and beyond what was tried nothing is known.
     assert judge(None, ROUNDS_SEEN).verdict is Verdict.HOPELESS
     assert judge(None, 2 * ROUNDS_SEEN).verdict is Verdict.MARGINAL

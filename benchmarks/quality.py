@@ -1,0 +1,210 @@
+"""How good the generated images are for their epsilon: accuracy of classifiers trained on them, and distance to images held out.
+
+    python benchmarks/quality.py RECIPE --data FOLDER [--arm recipe ...] [--epsilon 1 10] [--seed 0 1 2] [--set KEY=VALUE ...]
+
+RECIPE is mnist, fashion-mnist, utkface or lfw. Each arm is `visard simulate RECIPE` with other options:
+
+    recipe       as it stands
+    moments      the moment release alone, with all of epsilon and as many generator steps
+    central      a trusted curator in place of the secure sum
+    none         no privacy at all
+    adversarial  digits: the moments, then a convolutional discriminator of real against fake, by a trusted curator
+    plain        digits: the same without moments, a plain DP-GAN
+
+The images of reference are the test set, or 1,000 photographs held out before the run (whole persons where persons are protected);
+they play no part in it, and are looked at once, after it. Each run appends a JSON line to benchmarks/results/quality.jsonl; one that
+is there already is not done again (take its line out after a change to the recipe), and one that was interrupted goes on, with --keep.
+Without --data what was measured is shown.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from settings import ADVERSARIAL, keep, settings
+
+from common.applications.generate import TrainedGenerator
+from common.config import RunConfig
+from common.evaluation.fidelity import measure_fidelity
+from common.evaluation.utility import CLASSIFIERS, synthetic_accuracy
+from common.faces import FaceDataset, load_faces
+from common.fields import Scalar
+from common.privacy.units import PrivacyUnit
+from server.checkpoint import FILE_NAME
+from server.progress import PlainProgress
+from server.records import epsilon_so_far
+from simulations.recipe import load_recipe
+from simulations.simulate import Outcome, prepare, simulate
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+DIGITS = ("mnist", "fashion-mnist")
+HELD_OUT, SYNTHETIC_FACES = 1000, 5000
+# As many as the training set has.
+SYNTHETIC_DIGITS = 60_000
+ARMS: dict[str, dict[str, Scalar]] = {
+    "recipe": {},
+    "moments": {"num-rounds": 0, "refine-steps": 0},
+    "central": {"privacy-model": "central"},
+    "none": {"privacy-model": "none"},
+    # Digits only: with a discriminator of real against fake.
+    "adversarial": {**ADVERSARIAL, "moment-noise-multiplier": 0.0},
+    # And without moments: a plain DP-GAN.
+    "plain": {**ADVERSARIAL, "moment-rounds": 0},
+}
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: what is asked for."""
+
+    recipe: str
+    arm: str
+    epsilon: float
+    seed: int
+    settings: str
+
+    def config(self, given: dict[str, Scalar]) -> RunConfig:
+        """The recipe with the arm's options; `given` says where the faces are."""
+        own = settings(self.settings.split())
+        if load_recipe(self.recipe, {}).privacy.epsilon != self.epsilon:
+            own = {"moment-noise-multiplier": 0.0, **own}  # what the recipe says is for its own epsilon
+        budget: dict[str, Scalar] = {"epsilon": self.epsilon, "seed": self.seed}
+        config = load_recipe(self.recipe, {**ARMS[self.arm], **budget, **own, **given})
+        if self.arm == "moments":
+            # In place of those of the rounds and of the refinement.
+            whole = load_recipe(self.recipe, {**own, **given})
+            more = whole.training.num_rounds // whole.training.discriminator_steps + whole.training.refine_steps
+            moments = dataclasses.replace(
+                config.moments, moment_steps=config.moments.moment_steps + more, moment_noise_multiplier=0.0
+            )
+            config = dataclasses.replace(config, moments=moments)
+        return config
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        words = [self.recipe, self.arm, f"{self.epsilon:g}", str(self.seed), *self.settings.split()]
+        return "-".join(words).replace("=", "-").replace("/", "-")
+
+
+def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], FaceDataset]:
+    """Where the faces to train on are, as options, and the images of reference."""
+    config = load_recipe(recipe, {"data": data})
+    size, channels = config.model.image_size, config.model.channels
+    if recipe in DIGITS:
+        return {"data": data}, load_faces(config.simulation, size, channels, split="test")
+    faces = load_faces(config.simulation, size, channels)
+    units = faces.units(PrivacyUnit.PERSON if faces.persons is not None else PrivacyUnit.IMAGE)
+    held: list[int] = []
+    for unit in np.random.default_rng(0).permutation(len(units)):
+        if len(held) < HELD_OUT:
+            held += units[unit].tolist()
+    train = folder / f"{recipe}.npz"
+    faces.subset(np.setdiff1d(np.arange(len(faces)), held)).save(train)
+    given: dict[str, Scalar] = {"data": str(train), "attributes": "", "label-column": "", "label-values": ""}
+    return {**given, "detect": "none", "crop": 1.0}, faces.subset(np.array(sorted(held)))
+
+
+def measure(cell: Cell, given: dict[str, Scalar], reference: FaceDataset, runs: Path) -> Row:
+    """Train one arm and measure it."""
+    began, directory = time.monotonic(), runs / cell.name
+    outcome = trained(cell, given, directory)
+    state, config = outcome.state, outcome.state.config
+    count = SYNTHETIC_DIGITS if cell.recipe in DIGITS else SYNTHETIC_FACES
+    images, labels = TrainedGenerator.load(directory).draw(count, seed=1)
+    made, real = torch.from_numpy(images), torch.from_numpy(reference.images)
+    accuracy = {}
+    if labels is not None and reference.labels is not None:
+        truth = torch.from_numpy(reference.labels)
+        for classifier in CLASSIFIERS:
+            share = synthetic_accuracy(made, torch.from_numpy(labels), real, truth, seed=0, classifier=classifier)
+            accuracy[classifier] = round(100 * share, 2)
+    fidelity = dataclasses.asdict(measure_fidelity(made[: HELD_OUT * 5], real))
+    return {
+        **dataclasses.asdict(cell),
+        "accuracy": accuracy,
+        "fidelity": {name: round(v, 4) if isinstance(v, float) else v for name, v in fidelity.items()},
+        "epsilon_rdp": epsilon_so_far(state),
+        "epsilon_prv": round(max(outcome.ledgers)[1], 3) if outcome.ledgers else None,
+        "delta": config.privacy.delta,
+        "unit": str(config.privacy.unit),
+        "privacy_model": str(config.privacy.privacy_model),
+        "clients": config.simulation.num_clients,
+        "rounds": state.next_round - 1,
+        "generator_steps": state.generator_steps,
+        "noise_multiplier": round(config.privacy.noise_multiplier, 4),
+        "moment_noise_multiplier": round(config.moments.moment_noise_multiplier, 4),
+        "synthetic": count,
+        "train_seconds": round(state.seconds),
+        "seconds": round(time.monotonic() - began),  # of this process: an interrupted run took train_seconds in all
+        "command": f"python benchmarks/quality.py {cell.recipe} --data FOLDER --arm {cell.arm} --epsilon {cell.epsilon:g} "
+        f"--seed {cell.seed}" + (f" --set {cell.settings}" if cell.settings else ""),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "torch": torch.__version__,
+    }
+
+
+def trained(cell: Cell, given: dict[str, Scalar], directory: Path) -> Outcome:
+    """The run of `directory`, from wherever it stands."""
+    begun = (directory / FILE_NAME).exists()
+    state, faces = prepare(directory, None if begun else cell.config(given))
+    return simulate(directory, state, faces, [PlainProgress()])
+
+
+def read_rows() -> dict[Cell, Row]:
+    """All that was measured."""
+    lines = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
+    names = [field.name for field in dataclasses.fields(Cell)]
+    return {Cell(*(row[name] for name in names)): row for row in map(json.loads, lines)}
+
+
+def show(rows: dict[Cell, Row]) -> None:
+    """Print a table."""
+    print(f"{'recipe':<14}{'arm':<9}{'epsilon':>8}{'seed':>5}{'minutes':>8}  accuracy (%), fidelity")
+    for cell, row in rows.items():
+        found = {**row["accuracy"], **{name: row["fidelity"][name] for name in ("frechet", "recall", "coverage")}}
+        head = f"{cell.recipe:<14}{cell.arm:<9}{cell.epsilon:>8g}{cell.seed:>5}{row['seconds'] / 60:>8.1f}"
+        print(f"{head}  {'  '.join(f'{name} {value:.4g}' for name, value in found.items())}  {cell.settings}")
+
+
+def main() -> None:
+    """Measure what was asked for and is not there yet, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", choices=[*DIGITS, "utkface", "lfw"], default="mnist")
+    parser.add_argument("--data", help="the recipe's folder; without it, what was measured is shown")
+    parser.add_argument("--arm", nargs="+", choices=ARMS, default=["recipe"])
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[10.0])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other options of the recipe")
+    parser.add_argument("--keep", type=Path, help="folder to keep the runs in; what is interrupted goes on from there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.data:
+            (options.keep or Path(scratch)).mkdir(parents=True, exist_ok=True)
+            given, reference = split(options.recipe, str(Path(options.data).resolve()), options.keep or Path(scratch))
+        for seed in options.seed if options.data else ():
+            for epsilon in options.epsilon:
+                for arm in options.arm:
+                    if arm in ("adversarial", "plain") and options.recipe not in DIGITS:
+                        parser.error(f"the arm {arm} is for {' and '.join(DIGITS)}")
+                    cell = Cell(options.recipe, arm, epsilon, seed, " ".join(options.set))
+                    if cell not in read_rows():
+                        row = measure(cell, given, reference, options.keep or Path(scratch))
+                        keep(RESULTS, row)
+                        show({cell: row})
+    show(read_rows())
+
+
+if __name__ == "__main__":
+    main()
