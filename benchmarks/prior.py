@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import t
-from settings import keep, settings
+from settings import hold_out, keep, settings
 
 from common.applications.generate import TrainedGenerator
 from common.evaluation.fidelity import measure_fidelity
@@ -34,7 +34,6 @@ from common.evaluation.utility import synthetic_accuracy
 from common.faces import FaceDataset, load_faces
 from common.faces.places import name_of
 from common.fields import Scalar
-from common.privacy.units import PrivacyUnit
 from server.prior import public_faces
 from server.progress import PlainProgress
 from server.records import epsilon_so_far
@@ -55,18 +54,14 @@ def split(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Scalar],
     asked = {"data": options.data, "public": options.public, "public-steps": options.public_steps}
     config = load_recipe(options.recipe, {**settings(options.set), **asked})
     faces = load_faces(config.simulation, config.model.image_size, config.model.channels)
-    units = faces.units(PrivacyUnit.PERSON if faces.persons is not None else PrivacyUnit.IMAGE)
-    held: list[int] = []
-    for unit in np.random.default_rng(0).permutation(len(units)):
-        if len(held) < options.held_out:
-            held += units[unit].tolist()
-    faces.subset(np.setdiff1d(np.arange(len(faces)), held)).save(folder / "train.npz")
+    train, held = hold_out(faces, options.held_out)
+    train.save(folder / "train.npz")
     public_faces(config).save(folder / "public.npz")
     # Cut and labelled already.
     given: dict[str, Scalar] = {"data": str(folder / "train.npz"), "attributes": "", "person-column": ""}
     given |= {"label-column": "", "label-values": "", "detect": "none", "crop": 1.0}
     public: dict[str, Scalar] = {"public": str(folder / "public.npz"), "public-steps": options.public_steps}
-    return {**given, **public}, faces.subset(np.array(sorted(held)))
+    return {**given, **public}, held
 
 
 def run_arm(

@@ -28,9 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from settings import ADVERSARIAL, keep, settings
+from settings import ADVERSARIAL, hold_out, keep, settings
 
 from common.applications.generate import TrainedGenerator
 from common.config import RunConfig
@@ -38,7 +37,6 @@ from common.evaluation.fidelity import measure_fidelity
 from common.evaluation.utility import CLASSIFIERS, synthetic_accuracy
 from common.faces import FaceDataset, load_faces
 from common.fields import Scalar
-from common.privacy.units import PrivacyUnit
 from server.checkpoint import FILE_NAME
 from server.progress import PlainProgress
 from server.records import epsilon_so_far
@@ -104,15 +102,15 @@ def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], Face
     if recipe in DIGITS:
         return {"data": data}, load_faces(config.simulation, size, channels, split="test")
     faces = load_faces(config.simulation, size, channels)
-    units = faces.units(PrivacyUnit.PERSON if faces.persons is not None else PrivacyUnit.IMAGE)
-    held: list[int] = []
-    for unit in np.random.default_rng(0).permutation(len(units)):
-        if len(held) < HELD_OUT:
-            held += units[unit].tolist()
-    train = folder / f"{recipe}.npz"
-    faces.subset(np.setdiff1d(np.arange(len(faces)), held)).save(train)
-    given: dict[str, Scalar] = {"data": str(train), "attributes": "", "label-column": "", "label-values": ""}
-    return {**given, "detect": "none", "crop": 1.0}, faces.subset(np.array(sorted(held)))
+    train, held = hold_out(faces, HELD_OUT)
+    train.save(folder / f"{recipe}.npz")
+    given: dict[str, Scalar] = {
+        "data": str(folder / f"{recipe}.npz"),
+        "attributes": "",
+        "label-column": "",
+        "label-values": "",
+    }
+    return {**given, "detect": "none", "crop": 1.0}, held
 
 
 def measure(cell: Cell, given: dict[str, Scalar], reference: FaceDataset, runs: Path) -> Row:

@@ -1,13 +1,17 @@
-"""Options of a recipe on a benchmark's command line, and what it measured, a line of JSON each."""
+"""What benchmarks share: options of a recipe on the command line, faces held out, and what was measured, a line of JSON each."""
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.config import flat_fields
 from common.errors import ConfigError
+from common.faces import FaceDataset
 from common.fields import Scalar
+from common.privacy.units import PrivacyUnit
 
 # MNIST with a discriminator of real against fake in place of the recipe's classifier: what the benchmarks of the mechanism were
 # measured with, and an arm of benchmarks/quality.py.
@@ -43,6 +47,16 @@ def settings(items: Iterable[str]) -> dict[str, Scalar]:
         except ValueError:
             raise ConfigError(f"--set {item}: {key} must be a {kind.__name__}") from None
     return found
+
+
+def hold_out(faces: FaceDataset, count: int) -> tuple[FaceDataset, FaceDataset]:
+    """The faces to train on, and `count` or a few more that play no part in it: whole persons where they are known."""
+    units = faces.units(PrivacyUnit.PERSON if faces.persons is not None else PrivacyUnit.IMAGE)
+    held: list[int] = []
+    for unit in np.random.default_rng(0).permutation(len(units)):
+        if len(held) < count:
+            held += units[unit].tolist()
+    return faces.subset(np.setdiff1d(np.arange(len(faces)), held)), faces.subset(np.array(sorted(held)))
 
 
 def keep(results: Path, row: Mapping[str, Any]) -> None:

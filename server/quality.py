@@ -46,6 +46,7 @@ class Judge:
         """Add the figures to `state.last`, those that take time only where `measure`; end the run where they say so."""
         if measure and self._distance is not None:
             state.last["frechet"] = round(self._distance(_fakes(state)), 4)
+            state.last["frechet_network"] = self._distance.network
         if self._condition is not None and self._condition.met(state.last):
             state.ended_by = "figure"
             state.stopped = f"{state.config.training.stop_when} at {state.last[self._condition.key]:.4g}"

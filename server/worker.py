@@ -5,6 +5,7 @@ of an interrupted run, or begins a fresh one.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import logging.handlers
@@ -84,7 +85,7 @@ def _train(deployment: Deployment, directory: Path, config: RunConfig, status: S
         state = open_or_resume(directory, config)
     more = f"more:  visard generate {directory} -n 64"
     promised = promise(state.config)
-    if is_complete(state):
+    if state.complete:
         picture = finished(directory, state)
         console.print(
             f"the run {directory.name} is complete, and nothing is left to do: for another, give another `name` in "
@@ -164,6 +165,8 @@ def open_or_resume(directory: Path, config: RunConfig) -> "CoordinatorState":
     from server.app import CHANGEABLE, open_run, with_places
     from server.checkpoint import CheckpointStore
 
+    # Nobody's faces are where simulated clients would get theirs: public faces may lie there.
+    config = dataclasses.replace(config, simulation=dataclasses.replace(config.simulation, data=""))
     if not CheckpointStore(directory).path.exists():
         return open_run(directory, config)
     asked = with_places(config).to_flat()
@@ -182,11 +185,6 @@ def open_or_resume(directory: Path, config: RunConfig) -> "CoordinatorState":
             "coordinator.toml to go on with this run, or give another `name` for another"
         )
     return state
-
-
-def is_complete(state: "CoordinatorState") -> bool:
-    """Whether nothing of the run is left to do."""
-    return state.complete
 
 
 def finished(directory: Path, state: "CoordinatorState") -> Path:

@@ -358,6 +358,15 @@ def test_a_real_coordinator_goes_on_with_a_path_of_its_folder(tmp_path: Path, mo
         open_or_resume(tmp_path / "run", RunConfig.from_flat(flat | {"public": "other.npz"}))
 
 
+def test_a_real_coordinator_may_begin_with_what_simulated_clients_would_hold(tmp_path: Path) -> None:
+    """Nobody holds it there: its clients' faces are elsewhere."""
+    source = "procedural:persons=3,images=2"
+    config = tiny_config(data=source, public=source, public_steps=3)
+    with pytest.raises(ConfigError, match="is among what the clients hold"):
+        open_run(tmp_path / "simulated", config)
+    assert open_or_resume(tmp_path / "real", config).priming
+
+
 def test_the_card_names_the_faces_and_not_where_they_are(tmp_path: Path) -> None:
     config = tiny_config(public=saved(tmp_path, random_faces(5, 2)), public_steps=3)
     card = card_of(CoordinatorState.fresh(config, RUN_ID))

@@ -14,7 +14,7 @@ import pytest
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.fields import Scalar
-from server.worker import LeavesOnSignal, finished, is_complete, largest_answer, open_or_resume
+from server.worker import LeavesOnSignal, finished, largest_answer, open_or_resume
 from tests.support import TINY, random_faces, tiny_config, train
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ def test_a_run_is_begun_gone_on_with_and_complete(tmp_path: Path) -> None:
     assert state.next_round == 1
     assert state.config.privacy.noise_multiplier > 0
     run_id = state.run_id
-    assert not is_complete(state)
+    assert not state.complete
 
     class Stop:
         def fit_stepped(self, state: object) -> None: ...
@@ -168,7 +168,7 @@ def test_a_run_is_begun_gone_on_with_and_complete(tmp_path: Path) -> None:
             open_or_resume(folder, settings(**changes))
     train(folder, state, faces)
     state = open_or_resume(folder, settings())
-    assert is_complete(state)
+    assert state.complete
     # A crash before the last files were written.
     picture = finished(folder, state)
     written = picture.stat().st_mtime_ns
@@ -183,13 +183,13 @@ def test_a_noise_that_was_given_counts(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     given = settings(noise_multiplier=20.0, privacy_model="local")
     train(folder, open_or_resume(folder, given), [random_faces(4, 2, seed=client) for client in range(2)])
-    assert is_complete(open_or_resume(folder, given))
+    assert open_or_resume(folder, given).complete
     with pytest.raises(ConfigError, match="noise-multiplier"):
         open_or_resume(folder, settings(noise_multiplier=21.0, privacy_model="local"))
     none = tmp_path / "none"
     asked = settings(privacy_model="none", noise_multiplier=3.0)
     train(none, open_or_resume(none, asked), [random_faces(4, 2, seed=client) for client in range(2)])
-    assert is_complete(open_or_resume(none, asked))
+    assert open_or_resume(none, asked).complete
 
 
 def test_no_more_is_read_of_a_node_than_an_honest_answer_has() -> None:
