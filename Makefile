@@ -12,8 +12,9 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 demo: $(INSTALLED)
 	$(BIN)/visard simulate demo
 
+# A worker a core; the tests of a file share what it sets up.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu"

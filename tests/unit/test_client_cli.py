@@ -13,6 +13,7 @@ from flwr.app import Context, RecordDict
 from PIL import Image
 from typer.testing import CliRunner
 
+from client.cli import console
 from client.policy import OwnerPolicy
 from client.policy_file import load_policy_file
 from client.run_check import check_run, spent
@@ -194,7 +195,10 @@ def test_a_ledger_that_saw_a_run_without_privacy_holds_no_epsilon(tmp_path: Path
     assert (found.after, [refusal.key for refusal in found.refused]) == (float("inf"), ["max-epsilon"])
 
 
-def test_check_prints_what_would_be_refused_and_ends_with_status_1(folder: Path) -> None:
+def test_check_prints_what_would_be_refused_and_ends_with_status_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "width", 160)  # in a narrow terminal what is looked for is on two lines
     assert visard("client", "init", "--data", "procedural:persons=20,images=2").exit_code == 0
     allowed = visard("client", "check", "demo", "--privacy-model", "local", *RUN)
     assert allowed.exit_code == 0, allowed.output

@@ -10,7 +10,7 @@ from click.testing import Result
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from typer.testing import CliRunner
 
-from client.cli import read_peer_keys
+from client.cli import console, read_peer_keys
 from client.policy import OwnerPolicy
 from client.policy_file import load_policy_file, set_key
 from client.run_check import rounds_of
@@ -234,7 +234,8 @@ def test_a_node_without_peers_has_no_secure_sum(folder: Path) -> None:
         secure_sum(policy)
 
 
-def test_check_tells_of_a_cohort_that_is_too_small(folder: Path) -> None:
+def test_check_tells_of_a_cohort_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 160)  # in a narrow terminal what is looked for is on two lines
     text = (folder / "owner.toml").read_text().replace('["local"]', '["distributed"]')
     (folder / "owner.toml").write_text(text)
     run = ["--privacy-model", "distributed", "--moment-noise-multiplier", "4", *RUN]
