@@ -148,9 +148,8 @@ class RoundInstructions:
         require(0 <= self.moment_noise_multiplier <= 1e6, f"moment_noise_multiplier = {self.moment_noise_multiplier}")
         require(0 <= self.feature_seed <= 2**31, f"feature_seed = {self.feature_seed}")
         if self.privacy.privacy_model is not PrivacyModel.NONE:
-            require(
-                self.moment_rounds == 0 or self.moment_noise_multiplier > 0, "a private moment release without noise"
-            )
+            noised = self.moment_rounds == 0 or self.moment_noise_multiplier > 0
+            require(noised, "a private moment release without noise")
             require(self.release.noise_multiplier > 0, "a private round without noise")
         if self.privacy.privacy_model in (PrivacyModel.CENTRAL, PrivacyModel.DISTRIBUTED):
             require(self.local_steps == 1, f"several local steps under the {self.privacy.privacy_model} model")

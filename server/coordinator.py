@@ -79,7 +79,7 @@ def coordinate(
     back = {int(node) for node, charged in state.charged.items() if charged[2] >= state.next_round - 1}
     voids = 0
     for server_round in range(state.next_round, state.last_round + 1):
-        fit_moments(state, trainer, judge, store, observers)
+        steps_without_rounds(state, trainer, judge, store, observers)
         if state.stopped:
             break
         exchange.wait_for_return(back)
@@ -145,8 +145,7 @@ def coordinate(
             break
     if voids:
         raise CohortTooSmall(f"the last {voids} rounds are void: gone on with, the run ends with what it has. {GO_ON}")
-    fit_moments(state, trainer, judge, store, observers)
-    refine(state, trainer, judge, store, observers)
+    steps_without_rounds(state, trainer, judge, store, observers)
     store.save(state)
 
 
@@ -250,44 +249,23 @@ def discriminator_step(
     return trainer.accuracy(fakes, labels)
 
 
-def fit_moments(
+def steps_without_rounds(
     state: CoordinatorState,
     trainer: GeneratorTrainer,
     judge: Judge,
     store: CheckpointStore,
     observers: Sequence[Observer],
 ) -> None:
-    """The moment stage's generator steps, from wherever they are; none where they are done."""
-    while state.fitting:
-        _step_alone(state, trainer.moment_step, lambda: state.fitting, judge, store, observers)
-
-
-def refine(
-    state: CoordinatorState,
-    trainer: GeneratorTrainer,
-    judge: Judge,
-    store: CheckpointStore,
-    observers: Sequence[Observer],
-) -> None:
-    """The generator's steps against the last discriminator, once all rounds are done: they cost no privacy."""
-    while state.refining:
-        _step_alone(state, trainer.refining_step, lambda: state.refining, judge, store, observers)
-
-
-def _step_alone(
-    state: CoordinatorState,
-    step: Callable[[], dict[str, float]],
-    more: Callable[[], bool],
-    judge: Judge,
-    store: CheckpointStore,
-    observers: Sequence[Observer],
-) -> None:
-    """A generator step of no round; on the disk at the end and every few seconds."""
-    began = time.monotonic()
-    state.last = step()
-    judge.look(state, measure=state.generator_steps % _FIT_MEASURE_STEPS == 0 or not more())
-    state.seconds += time.monotonic() - began
-    if time.monotonic() - store.saved > _FIT_CHECKPOINT_S or not more():
-        store.save(state)
-    for observer in observers:
-        observer.fit_stepped(state)
+    """The generator's steps that are due now: of the moment stage, or, once all rounds are done, against the last
+    discriminator. They cost no privacy, and go on from wherever they are; on the disk at the end and every few seconds.
+    """
+    while state.fitting or state.refining:
+        began = time.monotonic()
+        state.last = trainer.moment_step() if state.fitting else trainer.refining_step()
+        done = not (state.fitting or state.refining)
+        judge.look(state, measure=state.generator_steps % _FIT_MEASURE_STEPS == 0 or done)
+        state.seconds += time.monotonic() - began
+        if time.monotonic() - store.saved > _FIT_CHECKPOINT_S or not (state.fitting or state.refining):
+            store.save(state)
+        for observer in observers:
+            observer.fit_stepped(state)
