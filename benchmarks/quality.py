@@ -8,8 +8,11 @@ RECIPE is mnist, fashion-mnist, utkface or lfw. Each arm is `visard simulate REC
     moments      the moment release alone, with all of epsilon and as many generator steps
     central      a trusted curator in place of the secure sum
     none         no privacy at all
-    adversarial  digits: the moments, then a convolutional discriminator of real against fake, by a trusted curator
-    plain        digits: the same without moments, a plain DP-GAN
+    adversarial  the moments, then a convolutional discriminator of real against fake, by a trusted curator
+    plain        the same without moments, a plain DP-GAN
+    prior        drawn faces alone: no client is asked anything
+    public       the recipe, begun from drawn faces
+    real         no run: the training images themselves in place of generated ones
 
 The images of reference are the test set, or 1,000 photographs held out before the run (whole persons where persons are protected);
 they play no part in it, and are looked at once, after it. Each run appends a JSON line to benchmarks/results/quality.jsonl; one that
@@ -20,6 +23,7 @@ Without --data what was measured is shown.
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -28,6 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from settings import ADVERSARIAL, hold_out, keep, settings
 
@@ -44,19 +49,21 @@ from simulations.recipe import load_recipe
 from simulations.simulate import Outcome, prepare, simulate
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-DIGITS = ("mnist", "fashion-mnist")
+DIGITS, FACES = ("mnist", "fashion-mnist"), ("utkface", "lfw")
 HELD_OUT, SYNTHETIC_FACES = 1000, 5000
 # As many as the training set has.
 SYNTHETIC_DIGITS = 60_000
+DRAWN: dict[str, Scalar] = {"public": "procedural:persons=1000,images=5,first=100000", "public-steps": 400}
 ARMS: dict[str, dict[str, Scalar]] = {
     "recipe": {},
     "moments": {"num-rounds": 0, "refine-steps": 0},
     "central": {"privacy-model": "central"},
     "none": {"privacy-model": "none"},
-    # Digits only: with a discriminator of real against fake.
-    "adversarial": {**ADVERSARIAL, "moment-noise-multiplier": 0.0},
-    # And without moments: a plain DP-GAN.
-    "plain": {**ADVERSARIAL, "moment-rounds": 0},
+    "adversarial": {"moment-noise-multiplier": 0.0},
+    "plain": {"moment-rounds": 0},
+    "prior": {**DRAWN, "moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
+    "public": DRAWN,
+    "real": {},
 }
 Row = dict[str, Any]
 
@@ -70,6 +77,7 @@ class Cell:
     epsilon: float
     seed: int
     settings: str
+    synthetic: int
 
     def config(self, given: dict[str, Scalar]) -> RunConfig:
         """The recipe with the arm's options; `given` says where the faces are."""
@@ -77,7 +85,8 @@ class Cell:
         if load_recipe(self.recipe, {}).privacy.epsilon != self.epsilon:
             own = {"moment-noise-multiplier": 0.0, **own}  # what the recipe says is for its own epsilon
         budget: dict[str, Scalar] = {"epsilon": self.epsilon, "seed": self.seed}
-        config = load_recipe(self.recipe, {**ARMS[self.arm], **budget, **own, **given})
+        rounds = rounds_against_fakes(self.recipe) if self.arm in ("adversarial", "plain") else {}
+        config = load_recipe(self.recipe, {**rounds, **ARMS[self.arm], **budget, **own, **given})
         if self.arm == "moments":
             # In place of those of the rounds and of the refinement.
             whole = load_recipe(self.recipe, {**own, **given})
@@ -91,16 +100,30 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder."""
-        words = [self.recipe, self.arm, f"{self.epsilon:g}", str(self.seed), *self.settings.split()]
-        return "-".join(words).replace("=", "-").replace("/", "-")
+        own = hashlib.sha256(self.settings.encode()).hexdigest()[:8] if self.settings else "as-it-is"
+        return f"{self.recipe}-{self.arm}-{self.epsilon:g}-{self.seed}-{own}"
 
 
-def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], FaceDataset]:
-    """Where the faces to train on are, as options, and the images of reference."""
+def rounds_against_fakes(recipe: str) -> dict[str, Scalar]:
+    """Options of a run whose rounds teach a discriminator of real against fake."""
+    if recipe in DIGITS:
+        return ADVERSARIAL
+    own = ("sample-rate", "expected-batch", "moment-noise-multiplier", "moment-steps", "generator-batch")
+    return {**{key: value for key, value in ADVERSARIAL.items() if key not in own}, "generator-batch": 128}
+
+
+def synthetic_count(recipe: str) -> int:
+    """Images drawn where no other number is asked for."""
+    return SYNTHETIC_DIGITS if recipe in DIGITS else SYNTHETIC_FACES
+
+
+def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], FaceDataset, FaceDataset]:
+    """Where the faces to train on are, as options, these faces, and the images of reference."""
     config = load_recipe(recipe, {"data": data})
     size, channels = config.model.image_size, config.model.channels
     if recipe in DIGITS:
-        return {"data": data}, load_faces(config.simulation, size, channels, split="test")
+        train, test = (load_faces(config.simulation, size, channels, split=split) for split in ("train", "test"))
+        return {"data": data}, train, test
     faces = load_faces(config.simulation, size, channels)
     train, held = hold_out(faces, HELD_OUT)
     train.save(folder / f"{recipe}.npz")
@@ -110,18 +133,39 @@ def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], Face
         "label-column": "",
         "label-values": "",
     }
-    return {**given, "detect": "none", "crop": 1.0}, held
+    return {**given, "detect": "none", "crop": 1.0}, train, held
 
 
-def measure(cell: Cell, given: dict[str, Scalar], reference: FaceDataset, runs: Path) -> Row:
+def measure(cell: Cell, given: dict[str, Scalar], train: FaceDataset, reference: FaceDataset, runs: Path) -> Row:
     """Train one arm and measure it."""
-    began, directory = time.monotonic(), runs / cell.name
-    outcome = trained(cell, given, directory)
-    state, config = outcome.state, outcome.state.config
-    count = SYNTHETIC_DIGITS if cell.recipe in DIGITS else SYNTHETIC_FACES
-    images, labels = TrainedGenerator.load(directory).draw(count, seed=1)
-    made, real = torch.from_numpy(images), torch.from_numpy(reference.images)
-    accuracy = {}
+    began, told = time.monotonic(), {}
+    if cell.arm == "real":
+        order = np.random.default_rng(0).permutation(len(train))[: cell.synthetic]
+        images, labels = train.images[order], None if train.labels is None else train.labels[order]
+    else:
+        directory = runs / cell.name
+        told = run_figures(trained(cell, given, directory))
+        images, labels = TrainedGenerator.load(directory).draw(cell.synthetic, seed=1)
+    figures = image_figures(torch.from_numpy(images), labels, reference)
+    options = f" --set {cell.settings}" if cell.settings else ""
+    if cell.synthetic != synthetic_count(cell.recipe):
+        options += f" --synthetic {cell.synthetic}"
+    return {
+        **dataclasses.asdict(cell),
+        **figures,
+        **told,
+        "seconds": round(time.monotonic() - began),  # of this process: an interrupted run took train_seconds in all
+        "command": f"python benchmarks/quality.py {cell.recipe} --data FOLDER --arm {cell.arm} --epsilon {cell.epsilon:g} "
+        f"--seed {cell.seed}{options}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "torch": torch.__version__,
+    }
+
+
+def image_figures(made: torch.Tensor, labels: np.ndarray | None, reference: FaceDataset) -> Row:
+    """Accuracy on the images of reference after training on `made` (N, C, S, S) uint8, and how near they are."""
+    real, accuracy = torch.from_numpy(reference.images), {}
     if labels is not None and reference.labels is not None:
         truth = torch.from_numpy(reference.labels)
         for classifier in CLASSIFIERS:
@@ -129,9 +173,15 @@ def measure(cell: Cell, given: dict[str, Scalar], reference: FaceDataset, runs: 
             accuracy[classifier] = round(100 * share, 2)
     fidelity = dataclasses.asdict(measure_fidelity(made[: HELD_OUT * 5], real))
     return {
-        **dataclasses.asdict(cell),
         "accuracy": accuracy,
         "fidelity": {name: round(v, 4) if isinstance(v, float) else v for name, v in fidelity.items()},
+    }
+
+
+def run_figures(outcome: Outcome) -> Row:
+    """What a run was, and what it spent."""
+    state, config = outcome.state, outcome.state.config
+    return {
         "epsilon_rdp": epsilon_so_far(state),
         "epsilon_prv": round(max(outcome.ledgers)[1], 3) if outcome.ledgers else None,
         "delta": config.privacy.delta,
@@ -142,14 +192,7 @@ def measure(cell: Cell, given: dict[str, Scalar], reference: FaceDataset, runs: 
         "generator_steps": state.generator_steps,
         "noise_multiplier": round(config.privacy.noise_multiplier, 4),
         "moment_noise_multiplier": round(config.moments.moment_noise_multiplier, 4),
-        "synthetic": count,
         "train_seconds": round(state.seconds),
-        "seconds": round(time.monotonic() - began),  # of this process: an interrupted run took train_seconds in all
-        "command": f"python benchmarks/quality.py {cell.recipe} --data FOLDER --arm {cell.arm} --epsilon {cell.epsilon:g} "
-        f"--seed {cell.seed}" + (f" --set {cell.settings}" if cell.settings else ""),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-        "torch": torch.__version__,
     }
 
 
@@ -179,26 +222,30 @@ def show(rows: dict[Cell, Row]) -> None:
 def main() -> None:
     """Measure what was asked for and is not there yet, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", choices=[*DIGITS, "utkface", "lfw"], default="mnist")
+    parser.add_argument("recipe", nargs="?", choices=[*DIGITS, *FACES], default="mnist")
     parser.add_argument("--data", help="the recipe's folder; without it, what was measured is shown")
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=["recipe"])
     parser.add_argument("--epsilon", type=float, nargs="+", default=[10.0])
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other options of the recipe")
+    parser.add_argument("--synthetic", type=int, default=0, help="images drawn; by default 60000 digits, 5000 faces")
     parser.add_argument("--keep", type=Path, help="folder to keep the runs in; what is interrupted goes on from there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.data:
             (options.keep or Path(scratch)).mkdir(parents=True, exist_ok=True)
-            given, reference = split(options.recipe, str(Path(options.data).resolve()), options.keep or Path(scratch))
+            given, train, reference = split(
+                options.recipe, str(Path(options.data).resolve()), options.keep or Path(scratch)
+            )
         for seed in options.seed if options.data else ():
             for epsilon in options.epsilon:
                 for arm in options.arm:
-                    if arm in ("adversarial", "plain") and options.recipe not in DIGITS:
-                        parser.error(f"the arm {arm} is for {' and '.join(DIGITS)}")
-                    cell = Cell(options.recipe, arm, epsilon, seed, " ".join(options.set))
+                    if arm in ("prior", "public") and options.recipe in DIGITS:
+                        parser.error(f"the arm {arm} is for faces: {' and '.join(FACES)}")
+                    count = options.synthetic or synthetic_count(options.recipe)
+                    cell = Cell(options.recipe, arm, epsilon, seed, " ".join(options.set), count)
                     if cell not in read_rows():
-                        row = measure(cell, given, reference, options.keep or Path(scratch))
+                        row = measure(cell, given, train, reference, options.keep or Path(scratch))
                         keep(RESULTS, row)
                         show({cell: row})
     show(read_rows())

@@ -152,7 +152,7 @@ class MomentConfig:
     )
     moment_steps: int = option(400, "generator steps of the moment stage")
     moment_batch: int = option(500, "fakes in a generator step of the moment stage")
-    moment_lr: float = option(2e-3, "Adam learning rate of the moment stage")
+    moment_lr: float = option(1e-2, "Adam learning rate of the moment stage")
     moment_weight: float = option(1.0, "gradient norm of the kept moment term over the adversarial one")
     feature_seed: int = option(0, "public seed of the random features")
 
