@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import t
-from settings import hold_out, keep, settings
+from settings import declared, hold_out, keep, settings
 
 from common.applications.generate import TrainedGenerator
 from common.evaluation.fidelity import measure_fidelity
@@ -61,7 +61,7 @@ def split(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Scalar],
     given: dict[str, Scalar] = {"data": str(folder / "train.npz"), "attributes": "", "person-column": ""}
     given |= {"label-column": "", "label-values": "", "detect": "none", "crop": 1.0}
     public: dict[str, Scalar] = {"public": str(folder / "public.npz"), "public-steps": options.public_steps}
-    return {**given, **public}, held
+    return {**given, **declared(train, config), **public}, held
 
 
 def run_arm(

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from settings import ADVERSARIAL, hold_out, keep, settings
+from settings import ADVERSARIAL, declared, hold_out, keep, settings
 
 from common.applications.generate import TrainedGenerator
 from common.config import RunConfig
@@ -60,7 +60,7 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "central": {"privacy-model": "central"},
     "none": {"privacy-model": "none"},
     "adversarial": {"moment-noise-multiplier": 0.0},
-    "plain": {"moment-rounds": 0},
+    "plain": {"moment-rounds": 0, "num-rounds": 1000},
     "prior": {**DRAWN, "moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
     "public": DRAWN,
     "real": {},
@@ -133,7 +133,7 @@ def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], Face
         "label-column": "",
         "label-values": "",
     }
-    return {**given, "detect": "none", "crop": 1.0}, train, held
+    return {**given, **declared(train, config), "detect": "none", "crop": 1.0}, train, held
 
 
 def measure(cell: Cell, given: dict[str, Scalar], train: FaceDataset, reference: FaceDataset, runs: Path) -> Row:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import flat_fields
+from common.config import RunConfig, flat_fields
 from common.errors import ConfigError
 from common.faces import FaceDataset
 from common.fields import Scalar
@@ -57,6 +57,12 @@ def hold_out(faces: FaceDataset, count: int) -> tuple[FaceDataset, FaceDataset]:
         if len(held) < count:
             held += units[unit].tolist()
     return faces.subset(np.setdiff1d(np.arange(len(faces)), held)), faces.subset(np.array(sorted(held)))
+
+
+def declared(train: FaceDataset, config: RunConfig) -> dict[str, Scalar]:
+    """The expected batch of clients that share what was not held out, as an option: the recipe declares all of it."""
+    units = len(train.units(config.privacy.unit)) / config.simulation.num_clients
+    return {"expected-batch": round(units * config.privacy.sample_rate, 3)}
 
 
 def keep(results: Path, row: Mapping[str, Any]) -> None:

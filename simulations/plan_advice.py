@@ -12,7 +12,7 @@ from simulations.plan_budget import least_moment_noise
 from simulations.plan_question import DISTRIBUTED, LOCAL, Question, changed
 from simulations.plan_range import check_range
 from simulations.plan_verdict import THRESHOLDS, Verdict
-from simulations.plan_words import number
+from simulations.plan_words import in_rounds, number
 
 MAX_SUGGESTIONS = 5
 # A change is worth telling from here: a twentieth more signal-to-noise.
@@ -100,7 +100,7 @@ def _fewer_steps(plan: Plan, held: Question) -> Suggestion | None:
         return None
     rounds = plan.rounds // 2
     other = changed(held, training={"num_rounds": rounds})
-    return _told(plan, other, f"{rounds:,} rounds in place of {plan.rounds:,}", {"num-rounds": rounds})
+    return _told(plan, other, f"{in_rounds(rounds)} in place of {plan.rounds:,}", {"num-rounds": rounds})
 
 
 def _smaller_discriminator(plan: Plan, held: Question) -> Suggestion | None:

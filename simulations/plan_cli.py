@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.options import with_run_options
-from simulations.plan_words import number
+from simulations.plan_words import in_rounds, number
 from simulations.recipe import recipe_names
 
 if TYPE_CHECKING:
@@ -168,15 +168,15 @@ def _summary(plan: "Plan") -> str:
     question, privacy = plan.question, plan.question.config.privacy
     moments = question.config.moments
     stages = [
-        f"a moment release of noise {moments.moment_noise_multiplier:g}" if moments.moment_rounds else "",
-        f"{plan.rounds:,} rounds" if plan.rounds else "",
+        f"a moment release of noise {moments.moment_noise_multiplier:.4g}" if moments.moment_rounds else "",
+        f"{in_rounds(plan.rounds)}; a discriminator of {plan.parameters:,} parameters" if plan.rounds else "",
     ]
     computed = {
         "noise-multiplier": f"noise multiplier {plan.noise_multiplier:.4g}"
         if plan.rounds
         else f"epsilon {plan.epsilon:.4g}",
         "epsilon": f"epsilon {plan.epsilon:.4g}",
-        "rounds": f"{plan.rounds:,} rounds",
+        "rounds": in_rounds(plan.rounds),
     }[question.solved]
     clients = "1 client" if question.clients == 1 else f"{question.clients} clients"
     drawn = (
@@ -184,7 +184,7 @@ def _summary(plan: "Plan") -> str:
     )
     return (
         f"{escape(question.recipe)}: {question.persons:,.0f} {question.units} at {clients}{drawn}; {' and '.join(filter(None, stages))}; "
-        f"a discriminator of {plan.parameters:,} parameters; epsilon {plan.budget:.4g}, delta {privacy.delta:g}\n"
+        f"epsilon {plan.budget:.4g}, delta {privacy.delta:g}\n"
         f"computed: [bold]{computed}[/]"
     )
 
@@ -216,7 +216,7 @@ def _models_table(plan: "Plan") -> Table:
         ("a client's round, down", [model.traffic.down for model in models]),
         ("a client's round, up", [model.traffic.up for model in models]),
         ("a client's moments, up", [model.traffic.moments_up for model in models]),
-        (f"a client's keys, {dealt} rounds", [model.traffic.keys for model in models]),
+        (f"a client's keys, {in_rounds(dealt)}", [model.traffic.keys for model in models]),
     ):
         if any(counts):
             table.add_row(label, *(_bytes(count) for count in counts))

@@ -14,7 +14,7 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from simulations.plan import Plan
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL
-from simulations.plan_words import number
+from simulations.plan_words import in_rounds, number
 
 DOTS_PER_INCH = 120
 POINTS = 33
@@ -70,7 +70,7 @@ def _budget(axes: Axes, plan: Plan) -> None:
     low = axes.get_ylim()[0]
     axes.plot([plan.rounds] * 2, [low, plan.epsilon], color="black", linewidth=0.8, linestyle=(0, (1, 2)))
     axes.plot([plan.rounds], [plan.epsilon], "o", color="black", markersize=6, zorder=5)
-    axes.annotate(f"{plan.rounds:,} rounds", (plan.rounds, low), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.annotate(in_rounds(plan.rounds), (plan.rounds, low), xytext=(4, 4), textcoords="offset points", fontsize=8)
 
 
 def _curves(axes: Axes, plan: Plan, rounds: np.ndarray, curves: dict[str, np.ndarray]) -> None:

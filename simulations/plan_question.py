@@ -106,10 +106,15 @@ def ask(recipe: str, overrides: Mapping[str, Scalar], asked: Asked) -> Question:
         )
     solved = _solved(options, loaded)
     config = _with_units(loaded, options, asked)
+    if solved == "rounds" and not config.training.num_rounds:
+        # Rounds are asked of a recipe without: its moment release is to leave them room.
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, num_rounds=1))
     if config.moments.moment_rounds and config.moments.moment_noise_multiplier == 0:
-        # Told to the run as well: its epsilon may be what is computed here.
-        config = _rounded(with_moment_noise(config))
-        options["moment-noise-multiplier"] = config.moments.moment_noise_multiplier
+        config = with_moment_noise(config)
+        if solved != "noise-multiplier":
+            # Told to the run as well, which would compute another from the epsilon or the rounds that are computed here.
+            config = _rounded(config)
+            options["moment-noise-multiplier"] = config.moments.moment_noise_multiplier
     privacy, cohort, no_cohort = config.privacy, None, ""
     try:
         cohort = _cohort(config)

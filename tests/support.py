@@ -24,6 +24,8 @@ from simulations.engine import InProcessGrid
 from simulations.simulate import owner_config
 
 RUN_ID = "0123456789abcdef" * 2
+# A recipe of people's faces with rounds; those that come with Visard have none.
+LFW_WITH_ROUNDS = str(Path(__file__).parent / "lfw_with_rounds.toml")
 
 TINY: dict[str, Scalar] = {
     "image-size": 28,

@@ -24,6 +24,7 @@ from simulations.plan_cli import run_command
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, Asked, ask
 from simulations.plan_verdict import RECORDED_RUNS, ROUNDS_SEEN, THRESHOLDS, Verdict, judge
 from simulations.recipe import load_recipe
+from tests.support import LFW_WITH_ROUNDS
 
 
 def plan_of(recipe: str = "lfw", options: dict[str, Any] | None = None, *, tight: bool = False, **asked: Any) -> Plan:
@@ -113,7 +114,7 @@ def test_the_least_moment_noise_costs_that_epsilon() -> None:
     ],
 )
 def test_two_of_three_give_the_third(given: dict[str, Any], solved: str) -> None:
-    plan = plan_of("lfw", given)
+    plan = plan_of(LFW_WITH_ROUNDS, given)
     assert plan.question.solved == solved
     assert plan.noise_multiplier == pytest.approx(given.get("noise-multiplier") or plan.noise_multiplier)
     if solved != "rounds":
@@ -137,13 +138,26 @@ def test_all_three_are_refused() -> None:
         ask("lfw", {"epsilon": 9.0, "noise-multiplier": 2.0, "num-rounds": 5}, Asked())
 
 
+def test_rounds_asked_of_a_recipe_without_have_room_beside_its_moments() -> None:
+    given = {"epsilon": 9.0, "noise-multiplier": 1.5}
+    plan, with_rounds = plan_of("lfw", given), plan_of("lfw", {"epsilon": 9.0, "num-rounds": 1})
+    moments = with_rounds.question.config.moments.moment_noise_multiplier
+    assert moments <= plan.question.config.moments.moment_noise_multiplier <= moments + 0.001
+    assert plan.rounds > 1
+    assert any("not one round fits" in note for note in plan_of("lfw", given | {"noise-multiplier": 0.3}).notes)
+
+
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
         ("lfw", {}),
         ("london", {}),
-        ("lfw", {"privacy-model": "distributed"}),
-        ("lfw", {"privacy-model": "distributed", "num-clients": 13, "survivors": 11, "colluders": 3}),
+        ("mnist", {}),
+        ("lfw", {"privacy-model": "local", "epsilon": 3.0}),
+        ("lfw", {"num-clients": 13, "survivors": 11, "colluders": 3}),
+        (LFW_WITH_ROUNDS, {}),
+        (LFW_WITH_ROUNDS, {"privacy-model": "distributed"}),
+        (LFW_WITH_ROUNDS, {"privacy-model": "distributed", "num-clients": 13, "survivors": 11, "colluders": 3}),
     ],
 )
 def test_a_recipe_s_plan_is_its_run(recipe: str, options: dict[str, Any]) -> None:
@@ -155,6 +169,7 @@ def test_a_recipe_s_plan_is_its_run(recipe: str, options: dict[str, Any]) -> Non
         assert (cohort.peers, cohort.survivors) == (run.privacy.peers, run.privacy.survivors)
         assert plan.question.noise_shares == run.privacy.noise_shares
     assert plan.noise_multiplier == run.privacy.noise_multiplier
+    assert plan.question.config.moments.moment_noise_multiplier == run.moments.moment_noise_multiplier
     assert plan.epsilon == epsilon_of(run_releases(run), run.privacy.delta)
     assert (plan.rounds, plan.question.model) == (run.training.num_rounds, str(run.privacy.privacy_model))
 
@@ -224,11 +239,11 @@ def test_what_cannot_be_asked_is_refused(options: dict[str, Any], asked: dict[st
 )
 def test_a_budget_that_holds_nothing_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        plan_of("lfw", options)
+        plan_of(LFW_WITH_ROUNDS, options)
 
 
 def test_the_budget_may_hold_the_moment_release_alone() -> None:
-    plan = plan_of("lfw", {"epsilon": 7.83, "noise-multiplier": 0.5})
+    plan = plan_of(LFW_WITH_ROUNDS, {"epsilon": 7.83, "noise-multiplier": 0.5})
     assert (plan.rounds, plan.noise_multiplier) == (0, 0.0)
     assert plan.chosen.signals.update_snr is None
     assert any("not one round fits" in note for note in plan.notes)
@@ -240,7 +255,7 @@ CLIENTS, SURVIVORS, COLLUDERS, HONEST, BATCH, SIGMA, BOUND = 10, 7, 2, 4, 40.0, 
 
 def test_noise_of_each_model_is_that_of_simulated_clients() -> None:
     options = {"num-clients": CLIENTS, "noise-multiplier": SIGMA, "max-grad-norm": BOUND}
-    plan = plan_of("lfw", options | {"survivors": SURVIVORS, "colluders": COLLUDERS}, batch=BATCH)
+    plan = plan_of(LFW_WITH_ROUNDS, options | {"survivors": SURVIVORS, "colluders": COLLUDERS}, batch=BATCH)
     rng, draws = np.random.default_rng(5), 100_000
     shares = SIGMA * BOUND / math.sqrt(HONEST)
     seen = {
@@ -270,11 +285,12 @@ def test_moment_signal_to_noise_is_that_of_simulated_releases() -> None:
 
 def test_equal_noise_is_equal_noise() -> None:
     """Central at local's epsilon for the same noise: the run with that noise multiplier has the plan's mean noise."""
-    plan = plan_of("lfw")
+    plan = plan_of(LFW_WITH_ROUNDS)
     for model in (LOCAL, ALONE, DISTRIBUTED):
         share = 1 / noise_factor(plan.question, model)
         same = plan_of(
-            "lfw", {"noise-multiplier": share * plan.noise_multiplier, "moment-noise-multiplier": share * 0.65}
+            LFW_WITH_ROUNDS,
+            {"noise-multiplier": share * plan.noise_multiplier, "moment-noise-multiplier": share * 0.65},
         )
         assert same.models[model].signals.mean_noise == pytest.approx(plan.chosen.signals.mean_noise)
         assert same.models[model].signals.moment_snr == pytest.approx(plan.chosen.signals.moment_snr)
@@ -304,34 +320,41 @@ def test_parameters_are_counted(name: str, size: int, classes: int) -> None:
         {"epsilon": 1.0, "num-rounds": 0},
     ],
 )
-def test_a_moment_noise_left_open_is_the_same_in_the_plan_and_in_its_run(options: dict[str, Any]) -> None:
-    plan = plan_of("mnist", options)
+@pytest.mark.parametrize("recipe", ["mnist", "lfw"])
+def test_a_moment_noise_left_open_is_the_same_in_the_plan_and_in_its_run(recipe: str, options: dict[str, Any]) -> None:
+    plan = plan_of(recipe, options)
     words = run_command(plan)[3:]
     told = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
     kinds = {key: flat_fields()[key][0] for key in told}
-    config = with_noise(load_recipe("mnist", {key: kinds[key](value) for key, value in told.items()}))
+    # What the run computes by itself it is not told.
+    assert ("moment-noise-multiplier" in told) is (plan.question.solved != "noise-multiplier")
+    config = with_noise(load_recipe(recipe, {key: kinds[key](value) for key, value in told.items()}))
     assert config.moments.moment_noise_multiplier == plan.question.config.moments.moment_noise_multiplier
     assert epsilon_of(run_releases(config), config.privacy.delta) == pytest.approx(plan.epsilon, rel=2e-3)
 
 
 def test_bytes_are_those_of_the_vectors() -> None:
-    plan = plan_of("utkface")
+    plan = plan_of("utkface", {"num-rounds": 60})
     for model in (CENTRAL, LOCAL, DISTRIBUTED):
         traffic = plan.models[model].traffic
         assert (traffic.down, traffic.up) == (4 * plan.parameters, 4 * plan.parameters)
         assert traffic.moments_up == 4 * 2 * plan.dimension
         assert bool(traffic.keys) is (model == DISTRIBUTED)
     assert plan.models[ALONE].traffic == Traffic()
-    local = plan_of("utkface", {"privacy-model": "local", "local-steps": 3, "fake-batch": 10}).models[LOCAL]
+    steps = {"privacy-model": "local", "local-steps": 3, "fake-batch": 10, "num-rounds": 60}
+    local = plan_of("utkface", steps).models[LOCAL]
     assert local.traffic.down - local.traffic.up == 30 * (3 * 32 * 32 + 8)
+    without = plan_of("utkface").models[LOCAL].traffic
+    assert (without.down, without.up, without.moments_up) == (0, 0, 4 * 2 * plan.dimension)
 
 
 def test_prv_stands_beside() -> None:
     assert plan_of("lfw").epsilon_prv is None
-    tight = plan_of("lfw", tight=True)
-    assert tight.epsilon_prv is not None
-    assert 0.8 * tight.epsilon < tight.epsilon_prv < tight.epsilon
-    assert plan_of("lfw", {"noise-multiplier": 0.2}, tight=True).epsilon_prv is None
+    for recipe in ("lfw", LFW_WITH_ROUNDS):
+        tight = plan_of(recipe, tight=True)
+        assert tight.epsilon_prv is not None
+        assert 0.8 * tight.epsilon < tight.epsilon_prv < tight.epsilon
+    assert plan_of(LFW_WITH_ROUNDS, {"noise-multiplier": 0.2}, tight=True).epsilon_prv is None
 
 
 @pytest.mark.parametrize(
@@ -345,7 +368,8 @@ def test_prv_stands_beside() -> None:
         ("mnist", {"num-rounds": 0}, Verdict.GOOD),
         ("mnist", {"privacy-model": "local"}, Verdict.GOOD),
         ("fashion-mnist", {"num-rounds": 0}, Verdict.GOOD),
-        ("lfw", {"moment-rounds": 0}, Verdict.HOPELESS),
+        (LFW_WITH_ROUNDS, {}, Verdict.GOOD),
+        (LFW_WITH_ROUNDS, {"moment-rounds": 0}, Verdict.HOPELESS),
     ],
 )
 def test_recorded_runs_are_judged_as_they_were_seen(recipe: str, options: dict[str, Any], seen: Verdict) -> None:
@@ -375,8 +399,9 @@ def test_thresholds_lie_between_the_recorded_runs() -> None:
     [
         ("london", {"privacy-model": "local"}),
         ("lfw", {}),
-        ("orl", {"noise-multiplier": 2.0, "num-rounds": 10}),
-        ("lfw", {"moment-rounds": 0}),
+        (LFW_WITH_ROUNDS, {}),
+        ("orl", {"noise-multiplier": 2.0, "num-rounds": 10, "moment-noise-multiplier": 0.6}),
+        (LFW_WITH_ROUNDS, {"moment-rounds": 0}),
         ("mnist", {"num-rounds": 0}),
         ("orl", {"privacy-model": "distributed"}),
     ],
@@ -407,7 +432,7 @@ def test_enough_persons_reach_the_next_verdict() -> None:
 
 
 def test_rounds_without_moments_are_advised_to_release_moments() -> None:
-    changes = [suggestion.options for suggestion in suggest(plan_of("lfw", {"moment-rounds": 0}))]
+    changes = [suggestion.options for suggestion in suggest(plan_of(LFW_WITH_ROUNDS, {"moment-rounds": 0}))]
     assert any(options.get("moment-rounds") == 1 and options["num-rounds"] == 0 for options in changes)
 
 

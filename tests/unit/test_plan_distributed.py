@@ -15,10 +15,11 @@ from simulations.plan_advice import suggest
 from simulations.plan_bytes import deal_bytes
 from simulations.plan_question import ALONE, CENTRAL, DISTRIBUTED, LOCAL, Asked, ask
 from tests.secure_cohort import IN_MEMORY, Cohort
+from tests.support import LFW_WITH_ROUNDS
 
 
 def plan_of(options: dict[str, Any], **asked: Any) -> Plan:
-    return make_plan(ask("lfw", options, Asked(**asked)), tight=False)
+    return make_plan(ask(LFW_WITH_ROUNDS, options, Asked(**asked)), tight=False)
 
 
 def test_distributed_noise_is_that_of_the_lattice() -> None:
@@ -39,7 +40,7 @@ def test_distributed_noise_is_that_of_the_lattice() -> None:
 
 def test_survivors_by_default() -> None:
     for clients in range(2, 200):
-        question = ask("lfw", {"num-clients": clients}, Asked())
+        question = ask(LFW_WITH_ROUNDS, {"num-clients": clients}, Asked())
         cohort = question.cohort
         assert cohort is not None
         assert (cohort.peers, cohort.colluders) == (clients, 1)
@@ -64,7 +65,7 @@ def test_where_there_is_no_sum_distributed_is_left_out(options: dict[str, Any], 
     assert any(note.startswith("no distributed run") and why in note for note in plan.notes)
     assert not any(suggestion.options.get("privacy-model") for suggestion in suggest(plan))
     with pytest.raises(ConfigError, match=why):
-        ask("lfw", options | {"privacy-model": "distributed"}, Asked())
+        ask(LFW_WITH_ROUNDS, options | {"privacy-model": "distributed"}, Asked())
 
 
 def test_a_sum_that_passes_its_range_is_left_out() -> None:
