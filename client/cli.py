@@ -191,6 +191,8 @@ def told(owner: "OwnerPolicy") -> str:
 
 
 def _show(found: "RunFindings", config: RunConfig, owner: "OwnerPolicy") -> None:
+    from common.privacy.planner import noise_told
+
     privacy = config.privacy
     held = "no" if found.units is None else f"{found.units:,}"
     lines = [
@@ -205,9 +207,9 @@ def _show(found: "RunFindings", config: RunConfig, owner: "OwnerPolicy") -> None
     else:
         bounded = owner.max_epsilon > 0 and found.after < float("inf")
         share = (found.after - found.spent) / owner.max_epsilon if bounded else float("inf")
-        noise = f"{privacy.privacy_model}, noise multiplier {privacy.noise_multiplier:.4g}"
         console.print(
-            f"this run ({noise}): epsilon {found.after:.4g} in all when it is over, {share:.0%} of the budget by RDP",
+            f"this run ({privacy.privacy_model}, {noise_told(config)}): epsilon {found.after:.4g} in all when it is over, "
+            f"{share:.0%} of the budget by RDP",
             highlight=False,
             soft_wrap=True,
         )

@@ -31,7 +31,7 @@ def _simulate(
     if not resume:
         config = load_recipe(recipe, overrides or {})
 
-    from common.privacy.planner import promise
+    from common.privacy.planner import noise_told, promise
     from server.progress import PlainProgress, ProgressBar
     from simulations.simulate import declared_against_held, prepare, simulate
 
@@ -41,7 +41,7 @@ def _simulate(
     private = config.privacy.privacy_model is not PrivacyModel.NONE
     promised = promise(config)
     if private:
-        console.print(f"{promised}; noise multiplier {config.privacy.noise_multiplier:.4g}", highlight=False)
+        console.print(f"{promised}; {noise_told(config)}", highlight=False)
     else:
         console.print(Panel(f"[bold]{promised}[/]", style="white on red"))
     if private and (remark := declared_against_held(config, faces)):

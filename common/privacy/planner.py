@@ -98,3 +98,13 @@ def promise(config: RunConfig) -> str:
         PrivacyModel.CENTRAL: "against whoever sees what the coordinator releases; the coordinator is trusted",
     }[privacy.privacy_model]
     return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each {privacy.unit}, {trust}"
+
+
+def noise_told(config: RunConfig) -> str:
+    """The noise multipliers of the run's releases, in words: `noise multiplier 0.9528 of the moments, 0.9728 of a step`."""
+    told = []
+    if config.moments.moment_rounds:
+        told.append(f"{config.moments.moment_noise_multiplier:.4g} of the moments")
+    if planned_steps(config):
+        told.append(f"{config.privacy.noise_multiplier:.4g} of a step")
+    return f"noise multiplier {', '.join(told)}" if told else "nothing is released"

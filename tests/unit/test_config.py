@@ -12,7 +12,7 @@ from common.config import PRESETS, RunConfig, expand_preset, flat_fields
 from common.errors import ConfigError, PrivacyError, VisardError
 from common.fields import Scalar, load_toml
 from common.privacy.accounting import epsilon_of
-from common.privacy.planner import run_releases, with_noise
+from common.privacy.planner import noise_told, run_releases, with_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.sections import (
     AugmentationConfig,
@@ -234,6 +234,20 @@ def test_every_recipe_can_be_run_as_it_is(name: str) -> None:
         assert planned.moments.moment_noise_multiplier > 0
         assert 0.98 * privacy.epsilon <= epsilon_of(run_releases(planned), privacy.delta) <= privacy.epsilon
     assert planned.training.min_clients <= planned.simulation.num_clients
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"moment_noise_multiplier": 3.0, "noise_multiplier": 2.5}, "noise multiplier 3 of the moments, 2.5 of a step"),
+        ({"moment_noise_multiplier": 3.0, "num_rounds": 0}, "noise multiplier 3 of the moments"),
+        ({"moment_rounds": 0, "noise_multiplier": 2.5}, "noise multiplier 2.5 of a step"),
+        ({"moment_rounds": 0, "num_rounds": 0, "public": "faces", "public_steps": 1}, "nothing is released"),
+    ],
+)
+def test_the_noise_is_told_of_what_is_released(options: dict[str, Scalar], told: str) -> None:
+    flat = {key.replace("_", "-"): value for key, value in options.items()}
+    assert noise_told(with_noise(RunConfig.from_flat({"num-rounds": 3, **flat}))) == told
 
 
 def test_a_recipe_by_path_and_overrides_on_top(tmp_path: Path) -> None:
