@@ -60,7 +60,7 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "central": {"privacy-model": "central"},
     "none": {"privacy-model": "none"},
     "adversarial": {"moment-noise-multiplier": 0.0},
-    "plain": {"moment-rounds": 0, "num-rounds": 1000},
+    "plain": {"moment-rounds": 0},
     "prior": {**DRAWN, "moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
     "public": DRAWN,
     "real": {},
@@ -86,10 +86,10 @@ class Cell:
             own = {"moment-noise-multiplier": 0.0, **own}  # what the recipe says is for its own epsilon
         budget: dict[str, Scalar] = {"epsilon": self.epsilon, "seed": self.seed}
         rounds = rounds_against_fakes(self.recipe) if self.arm in ("adversarial", "plain") else {}
-        config = load_recipe(self.recipe, {**rounds, **ARMS[self.arm], **budget, **own, **given})
+        config = load_recipe(self.recipe, {**given, **rounds, **ARMS[self.arm], **budget, **own})
         if self.arm == "moments":
             # In place of those of the rounds and of the refinement.
-            whole = load_recipe(self.recipe, {**own, **given})
+            whole = load_recipe(self.recipe, {**given, **own})
             more = whole.training.num_rounds // whole.training.discriminator_steps + whole.training.refine_steps
             moments = dataclasses.replace(
                 config.moments, moment_steps=config.moments.moment_steps + more, moment_noise_multiplier=0.0
