@@ -6,15 +6,17 @@ The generator is fitted to the moment release first (half of epsilon 10), once a
 other half on `--rounds` rounds, one generator step each unless it says otherwise:
 
     start        nothing more: the checkpoint
-    moments      the moment stage alone, with as many generator steps more, at half of epsilon
+    moments      the fit to the same release from the start, with as many generator steps more
     unclipped    rounds without privacy: no clipping, no noise
-    clipped      gradients clipped to 1, no noise
-    noised       the same with the noise of epsilon: what all arms below change in one thing
+    clipped      gradients, of fakes too, clipped to 1, no noise
+    noised       the same with the noise of epsilon
+
+and the others change one thing of `noised`: `ARMS` says which.
 
 A trusted curator holds all images (one client, `central`), in one process: the loop is the coordinator's, the steps are
 the client's. Labels are those asked for. CNN accuracy on the real test set after 10,000 drawn images, and fidelity of
-5,000. Each run appends a JSON line to benchmarks/results/dynamics.jsonl; one that is there is not done again. Without
---data what was measured is shown: means over the seeds and 95 % intervals by Student's t.
+5,000. Each run appends a JSON line to benchmarks/results/dynamics.jsonl; one that is there is not
+done again. Without --data what was measured is shown: means over the seeds and 95 % intervals by Student's t.
 """
 
 import argparse
@@ -64,8 +66,9 @@ class Adam(torch.optim.Adam):
     """The discriminator's Adam with what arms change.
 
     decay: share of the learning rate that weights lose a step (AdamW: Loshchilov and Hutter 2019). noise: variance of the noise in each
-    coordinate of the gradient, taken off the second moment before the root (DP-AdamBC: Tang, Shpilevskiy and Lecuyer 2024,
-    algorithm 1, with their floor 5e-8). steps: over how many the learning rate falls linearly to 0; 0: it stays.
+    coordinate of the gradient, taken off the second moment before the root (DP-AdamBC: Tang, Shpilevskiy and Lecuyer 2024, algorithm 1;
+    the floor under the root is here a tenth of that variance, as a constant would be another for each model). steps: over how many the
+    learning rate falls linearly to 0; 0: it stays.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Adam(torch.optim.Adam):
             slot["first"].lerp_(parameter.grad, 1 - beta1)
             slot["second"].lerp_(parameter.grad.square(), 1 - beta2)
             first, second = slot["first"] / (1 - beta1**self._taken), slot["second"] / (1 - beta2**self._taken)
-            parameter -= group["lr"] * first / (second - self._noise).clamp(min=5e-8).sqrt()
+            parameter -= group["lr"] * first / (second - self._noise).clamp(min=0.1 * self._noise).sqrt()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ ARMS = {
     "falling": Arm(falling=True),
     "large-batch": Arm({"sample-rate": 0.1}),
     "wide": Arm({"discriminator-width": 48}),
+    # One linear layer on fixed features, at a rate of its own.
     "scattering": Arm({"discriminator": "scattering", "discriminator-lr": 1e-2}),
     "views": Arm({"augment": "crop", "augment-views": 4}),
 }
@@ -186,11 +190,25 @@ def config_of(arm: str, seed: int, options: argparse.Namespace, units: int) -> R
     return config
 
 
-def fitted(config: RunConfig, faces: FaceDataset, folder: Path) -> CoordinatorState:
-    """The state after the moment stage."""
+def fitted(config: RunConfig, faces: FaceDataset, folder: Path, release: CoordinatorState | None) -> CoordinatorState:
+    """The state after the moment stage; release: whose moment release it is fitted to, in place of one of its own."""
     state = CoordinatorState.fresh(config)
+    if release is not None:
+        state.moment_target, state.next_round = release.moment_target, release.next_round
     coordinate(state, Judge(state), Pooled(faces, config), CheckpointStore(folder), [])
     return state
+
+
+def checkpoint(seed: int, options: argparse.Namespace, faces: FaceDataset) -> CoordinatorState:
+    """Where all arms of a seed begin, fitted once and then kept: its noise is never drawn twice the same."""
+    folder = options.keep / f"{seed}-{options.rounds}-{options.moment_steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    store = CheckpointStore(folder)
+    return (
+        store.load()
+        if store.path.exists()
+        else fitted(config_of("start", seed, options, len(faces)), faces, folder, None)
+    )
 
 
 def run_arm(arm: str, config: RunConfig, start: CoordinatorState, faces: FaceDataset, folder: Path) -> CoordinatorState:
@@ -257,31 +275,34 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--moment-steps", type=int, default=300)
+    parser.add_argument(
+        "--keep", type=Path, default=Path("runs/dynamics"), help="folder of the checkpoints to begin at"
+    )
     options = parser.parse_args()
     if options.data:
         train, test = (load_faces(FaceSource(data=options.data), 28, 1, split=split) for split in ("train", "test"))
     for seed in options.seed if options.data else ():
-        start: CoordinatorState | None = None
         for arm in options.arm:
             key = {"arm": arm, "seed": seed, "rounds": options.rounds, "moment_steps": options.moment_steps}
             if any(key.items() <= row.items() for row in read_rows()):
                 continue
+            start = checkpoint(seed, options, train)
+            config = config_of(arm, seed, options, len(train))
+            began = time.monotonic()
             with tempfile.TemporaryDirectory() as name:
-                folder, began = Path(name), time.monotonic()
-                if start is None and arm != "moments":
-                    start = fitted(config_of("start", seed, options, len(train)), train, folder)
-                    began = time.monotonic()
-                config = config_of(arm, seed, options, len(train))
-                state = start if arm == "start" else None
-                state = state or (
-                    run_arm(arm, config, start, train, folder) if start else fitted(config, train, folder)
-                )
-                seconds = round(time.monotonic() - began)
-                figures = measure(state, test)
+                if arm == "start":
+                    state = start
+                elif arm == "moments":
+                    state = fitted(config, train, Path(name), start)
+                else:
+                    state = run_arm(arm, config, start, train, Path(name))
+            seconds = round(time.monotonic() - began)
+            figures = measure(state, test)
+            noised = config.training.num_rounds > 0 and ARMS[arm].noise
             row = {
                 **key,
                 "figures": figures,
-                "noise_multiplier": round(config.privacy.noise_multiplier, 4),
+                "noise_multiplier": round(config.privacy.noise_multiplier, 4) if noised else 0.0,
                 "parameters": num_parameters(state.discriminator),
                 "generator_steps": state.generator_steps,
                 "seconds": seconds,

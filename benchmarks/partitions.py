@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "dirichlet": {"partitioner": "dirichlet", "partition-by": "race", "dirichlet-alpha": 0.1},
     "attribute": {"partitioner": "attribute", "partition-by": "race"},
 }
-# Rounds, whose updates the partition could matter to: the recipe has none.
+# Rounds, whose updates the partition could matter to: the recipe has none. As when the recorded lines were measured.
 ROUNDS: dict[str, Scalar] = {
     "privacy-model": "central",
     "discriminator-width": 16,

@@ -5,9 +5,9 @@
 RECIPE is mnist, fashion-mnist, utkface or lfw. Each arm is `visard simulate RECIPE` with other options:
 
     recipe       as it stands
-    moments      the moment release alone, with all of epsilon and as many generator steps
+    moments      digits: the moment release alone, with all of epsilon and as many generator steps (the faces' recipes are that)
     central      a trusted curator in place of the secure sum
-    none         no privacy at all
+    none         the recipe without privacy
     adversarial  the moments, then a convolutional discriminator of real against fake, by a trusted curator
     plain        the same without moments, a plain DP-GAN
     prior        drawn faces alone: no client is asked anything
@@ -16,7 +16,8 @@ RECIPE is mnist, fashion-mnist, utkface or lfw. Each arm is `visard simulate REC
 
 The images of reference are the test set, or 1,000 photographs held out before the run (whole persons where persons are protected);
 they play no part in it, and are looked at once, after it. Each run appends a JSON line to benchmarks/results/quality.jsonl; one that
-is there already is not done again (take its line out after a change to the recipe), and one that was interrupted goes on, with --keep.
+is there already is not done again (take its line out after a change to the recipe, and its folder), and one that was interrupted goes
+on, with --keep.
 Without --data what was measured is shown.
 """
 
@@ -43,6 +44,7 @@ from common.evaluation.utility import CLASSIFIERS, synthetic_accuracy
 from common.faces import FaceDataset, load_faces
 from common.fields import Scalar
 from server.checkpoint import FILE_NAME
+from server.prior import public_faces
 from server.progress import PlainProgress
 from server.records import epsilon_so_far
 from simulations.recipe import load_recipe
@@ -50,10 +52,10 @@ from simulations.simulate import Outcome, prepare, simulate
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 DIGITS, FACES = ("mnist", "fashion-mnist"), ("utkface", "lfw")
+PUBLIC = "procedural:persons=1000,images=5,first=100000"
 HELD_OUT, SYNTHETIC_FACES = 1000, 5000
 # As many as the training set has.
 SYNTHETIC_DIGITS = 60_000
-DRAWN: dict[str, Scalar] = {"public": "procedural:persons=1000,images=5,first=100000", "public-steps": 400}
 ARMS: dict[str, dict[str, Scalar]] = {
     "recipe": {},
     "moments": {"num-rounds": 0, "refine-steps": 0},
@@ -61,8 +63,8 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "none": {"privacy-model": "none"},
     "adversarial": {"moment-noise-multiplier": 0.0},
     "plain": {"moment-rounds": 0},
-    "prior": {**DRAWN, "moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
-    "public": DRAWN,
+    "prior": {"public-steps": 400, "moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
+    "public": {"public-steps": 400},
     "real": {},
 }
 Row = dict[str, Any]
@@ -86,6 +88,8 @@ class Cell:
             own = {"moment-noise-multiplier": 0.0, **own}  # what the recipe says is for its own epsilon
         budget: dict[str, Scalar] = {"epsilon": self.epsilon, "seed": self.seed}
         rounds = rounds_against_fakes(self.recipe) if self.arm in ("adversarial", "plain") else {}
+        if self.arm not in ("prior", "public"):
+            given = {key: value for key, value in given.items() if key != "public"}
         config = load_recipe(self.recipe, {**given, **rounds, **ARMS[self.arm], **budget, **own})
         if self.arm == "moments":
             # In place of those of the rounds and of the refinement.
@@ -108,8 +112,11 @@ def rounds_against_fakes(recipe: str) -> dict[str, Scalar]:
     """Options of a run whose rounds teach a discriminator of real against fake."""
     if recipe in DIGITS:
         return ADVERSARIAL
-    own = ("sample-rate", "expected-batch", "moment-noise-multiplier", "moment-steps", "generator-batch")
-    return {**{key: value for key, value in ADVERSARIAL.items() if key not in own}, "generator-batch": 128}
+    own = ("sample-rate", "expected-batch", "moment-noise-multiplier", "moment-steps")
+    others = {key: value for key, value in ADVERSARIAL.items() if key not in own}
+    # As fast as it takes for a hundred rounds to change anything (benchmarks/dynamics.py).
+    faster: dict[str, Scalar] = {"generator-lr": 2e-3, "discriminator-lr": 2e-3, "moment-weight": 1.0}
+    return {**others, **faster, "num-rounds": 100, "generator-batch": 128}
 
 
 def synthetic_count(recipe: str) -> int:
@@ -117,18 +124,20 @@ def synthetic_count(recipe: str) -> int:
     return SYNTHETIC_DIGITS if recipe in DIGITS else SYNTHETIC_FACES
 
 
-def split(recipe: str, data: str, folder: Path) -> tuple[dict[str, Scalar], FaceDataset, FaceDataset]:
-    """Where the faces to train on are, as options, these faces, and the images of reference."""
-    config = load_recipe(recipe, {"data": data})
+def split(recipe: str, asked: dict[str, Scalar], folder: Path) -> tuple[dict[str, Scalar], FaceDataset, FaceDataset]:
+    """Where the faces to train on and the public ones are, as options, the former, and the images of reference."""
+    config = load_recipe(recipe, {**asked, "public": PUBLIC, "public-steps": 1})
     size, channels = config.model.image_size, config.model.channels
     if recipe in DIGITS:
         train, test = (load_faces(config.simulation, size, channels, split=split) for split in ("train", "test"))
-        return {"data": data}, train, test
+        return {"data": asked["data"]}, train, test
     faces = load_faces(config.simulation, size, channels)
     train, held = hold_out(faces, HELD_OUT)
     train.save(folder / f"{recipe}.npz")
+    public_faces(config).save(folder / "public.npz")
     given: dict[str, Scalar] = {
         "data": str(folder / f"{recipe}.npz"),
+        "public": str(folder / "public.npz"),
         "attributes": "",
         "label-column": "",
         "label-values": "",
@@ -212,10 +221,11 @@ def read_rows() -> dict[Cell, Row]:
 
 def show(rows: dict[Cell, Row]) -> None:
     """Print a table."""
-    print(f"{'recipe':<14}{'arm':<9}{'epsilon':>8}{'seed':>5}{'minutes':>8}  accuracy (%), fidelity")
+    print(f"{'recipe':<14}{'arm':<12}{'epsilon':>8}{'seed':>5}{'minutes':>8}  accuracy (%), fidelity")
     for cell, row in rows.items():
         found = {**row["accuracy"], **{name: row["fidelity"][name] for name in ("frechet", "recall", "coverage")}}
-        head = f"{cell.recipe:<14}{cell.arm:<9}{cell.epsilon:>8g}{cell.seed:>5}{row['seconds'] / 60:>8.1f}"
+        spent = row.get("epsilon_rdp")
+        head = f"{cell.recipe:<14}{cell.arm:<12}{'-' if spent is None else f'{spent:g}':>8}{cell.seed:>5}{row['seconds'] / 60:>8.1f}"
         print(f"{head}  {'  '.join(f'{name} {value:.4g}' for name, value in found.items())}  {cell.settings}")
 
 
@@ -234,9 +244,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if options.data:
             (options.keep or Path(scratch)).mkdir(parents=True, exist_ok=True)
-            given, train, reference = split(
-                options.recipe, str(Path(options.data).resolve()), options.keep or Path(scratch)
-            )
+            asked = {**settings(options.set), "data": str(Path(options.data).resolve())}
+            given, train, reference = split(options.recipe, asked, options.keep or Path(scratch))
         for seed in options.seed if options.data else ():
             for epsilon in options.epsilon:
                 for arm in options.arm:

@@ -262,7 +262,7 @@ def steps_without_rounds(
     while state.fitting or state.refining:
         began = time.monotonic()
         state.last = trainer.moment_step() if state.fitting else trainer.refining_step()
-        done = not (state.fitting or state.refining)
+        done = not (state.fitting or state.refining)  # but for the judge, who may stop the run
         judge.look(state, measure=state.generator_steps % _FIT_MEASURE_STEPS == 0 or done)
         state.seconds += time.monotonic() - began
         if time.monotonic() - store.saved > _FIT_CHECKPOINT_S or not (state.fitting or state.refining):

@@ -137,6 +137,8 @@ def run_command(plan: "Plan") -> list[str]:
     options = dict(question.options)
     if question.solved == "rounds":
         options["num-rounds"] = plan.rounds
+        if not plan.rounds:
+            options.pop("noise-multiplier", None)  # a run without rounds refuses it
     elif question.solved == "epsilon":
         options["epsilon"] = _rounded_up(plan.epsilon)
     words = ["visard", "simulate", question.recipe]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.fields import Scalar
-from common.privacy.planner import with_cohort, with_moment_noise
+from common.privacy.planner import check_noise_has_rounds, with_cohort, with_moment_noise
 from common.privacy.units import PrivacyModel, PrivacyUnit
 from common.sections import PrivacyConfig
 from simulations.recipe import load_recipe
@@ -109,6 +109,7 @@ def ask(recipe: str, overrides: Mapping[str, Scalar], asked: Asked) -> Question:
     if solved == "rounds" and not config.training.num_rounds:
         # Rounds are asked of a recipe without: its moment release is to leave them room.
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, num_rounds=1))
+    check_noise_has_rounds(config)
     if config.moments.moment_rounds and config.moments.moment_noise_multiplier == 0:
         config = with_moment_noise(config)
         if solved != "noise-multiplier":

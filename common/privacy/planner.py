@@ -68,6 +68,7 @@ def with_noise(config: RunConfig) -> RunConfig:
 
     A noise multiplier that is given is kept, and checked. Raises ConfigError where the budget cannot hold the schedule.
     """
+    check_noise_has_rounds(config)
     config = with_moment_noise(with_cohort(config))
     privacy, moments = config.privacy, config.moments
     if privacy.privacy_model is PrivacyModel.NONE:
@@ -85,6 +86,15 @@ def with_noise(config: RunConfig) -> RunConfig:
             f"budget {privacy.epsilon:g}: raise it, or epsilon, or give 0 to have it calibrated"
         )
     return config
+
+
+def check_noise_has_rounds(config: RunConfig) -> None:
+    """Raise ConfigError where a noise multiplier is given and there are no rounds: whoever gave it asked for more noise."""
+    if config.privacy.noise_multiplier > 0 and not planned_steps(config):
+        raise ConfigError(
+            f"noise-multiplier {config.privacy.noise_multiplier:g} is of the rounds, and there are none: give --num-rounds, or "
+            "--moment-noise-multiplier for the noise of the moments"
+        )
 
 
 def promise(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ from simulations.audit.inversion import InversionAudit
 from simulations.audit.ledgers import LedgerAudit
 from simulations.audit.membership import MembershipAudit
 from simulations.audit.one_run import OneRunAudit
+from simulations.plan_words import in_rounds
 
 FORMAT = "visard-audit-1"
 
@@ -85,7 +86,7 @@ WORDS = {True: "passed", False: "FAILED", None: "evidence"}
 def _ledgers(found: LedgerAudit | None) -> Line | None:
     if found is None:
         return None
-    told = f"{found.ledgers} ledgers, the fullest at epsilon {found.epsilon:.4g} of {found.promised:g} after {found.rounds} rounds"
+    told = f"{found.ledgers} ledgers, the fullest at epsilon {found.epsilon:.4g} of {found.promised:g} after {in_rounds(found.rounds)}"
     if found.problems:
         told += f"; {len(found.problems)} problems, the first: {found.problems[0]}"
     return Line("ledgers", found.passed, told)
@@ -114,7 +115,8 @@ def _one_run(found: OneRunAudit | None) -> Line | None:
         return None
     told = (
         f"epsilon is at least {found.bound:.3g} ({found.confidence:.0%}) where ledgers say {found.claimed_epsilon:.3g}: "
-        f"{found.correct} of {found.guesses} guesses right about {found.canaries} canaries in {found.rounds} rounds"
+        f"{found.correct} of {found.guesses} guesses right about {found.canaries} canaries in "
+        f"{in_rounds(found.rounds) if found.rounds else 'the moment release'}"
     )
     return Line("one run", None if found.bound <= found.claimed_epsilon else False, told)
 
@@ -200,7 +202,7 @@ def _inversion_table(found: InversionAudit) -> list[str]:
 
 
 def _of(back: int | None, images: int) -> str:
-    return "no noise" if back is None else f"{back} of {images}"
+    return "no noised round" if back is None else f"{back} of {images}"
 
 
 def _finite(value: Any) -> Any:

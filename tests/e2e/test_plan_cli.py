@@ -180,6 +180,7 @@ def test_the_picture_shows_a_line_for_each_model(run: Terminal, tmp_path: Path) 
         (["lfw", "--out", "plan.png"], "leave out --out"),
         ([LFW_WITH_ROUNDS, "--num-rounds", "0", "--out", "plan.png"], "leave out --out"),
         (["lfw", "--unit", "client"], "unit = 'client'"),
+        (["lfw", "--noise-multiplier", "2"], "is of the rounds, and there are none"),
         (["nothing"], "there is no recipe"),
     ],
 )

@@ -277,6 +277,10 @@ def test_a_preset_stands_for_options_and_those_beside_it_win(name: str, tmp_path
 def test_noise_that_was_given_is_kept_where_it_fits_and_refused_where_not() -> None:
     base = RunConfig.from_flat({"noise-multiplier": 5.0})
     assert with_noise(base).privacy.noise_multiplier == 5.0
+    with pytest.raises(
+        ConfigError, match=r"noise-multiplier 5 is of the rounds, and there are none: give --num-rounds"
+    ):
+        with_noise(RunConfig.from_flat({"noise-multiplier": 5.0, "num-rounds": 0}))
     with pytest.raises(ConfigError, match=r"over the budget 10"):
         with_noise(RunConfig.from_flat({"noise-multiplier": 0.3}))
     with pytest.raises(VisardError, match="alone costs epsilon"):

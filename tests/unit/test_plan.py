@@ -322,6 +322,8 @@ def test_parameters_are_counted(name: str, size: int, classes: int) -> None:
 )
 @pytest.mark.parametrize("recipe", ["mnist", "lfw"])
 def test_a_moment_noise_left_open_is_the_same_in_the_plan_and_in_its_run(recipe: str, options: dict[str, Any]) -> None:
+    if recipe == "lfw" and options.keys() == {"noise-multiplier"}:
+        options = options | {"num-rounds": 20}
     plan = plan_of(recipe, options)
     words = run_command(plan)[3:]
     told = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
