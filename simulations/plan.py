@@ -208,7 +208,7 @@ def _notes(question: Question, rounds: int, no_sum: str) -> list[str]:
         if config.model.loss == "cross-entropy":
             seen = "rounds that teach a classifier make labels better, not pictures"
         else:
-            seen = "adversarial rounds have not been seen to help at these sizes yet"
+            seen = "adversarial rounds have not been shown to help at these sizes yet"
         notes.append(f"the verdict rests on the moment release: {seen}")
     elif not rounds and config.training.num_rounds:
         notes.append("not one round fits beside the moment release: it is all there is")

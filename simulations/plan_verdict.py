@@ -2,8 +2,8 @@
 
 The signal-to-noise of the moment release is the units of a class over the norm of that class's noise (simulations/plan.py).
 In every recorded run what images look like was learned from that release, so it decides. Rounds against fakes have not been
-seen to help at these sizes (docs/results.md); rounds that teach a classifier do, and rest on the moments all the same
-(docs/quality.md). Where there is no moment release, nothing good has been seen.
+shown to help at these sizes; rounds that teach a classifier do, and rest on the moments all the same (docs/quality.md).
+Where there is no moment release, nothing good has been seen.
 """
 
 import math
@@ -71,7 +71,7 @@ def judge(moment_snr: float | None, update_snr: float | None) -> Judgement:
         return Judgement(verdict, f"{told}, {side} {_told(only)}" if only else "")
     if update_snr is None or update_snr <= ROUNDS_SEEN:
         return Judgement(
-            Verdict.HOPELESS, f"no moments, and rounds have not been seen to help up to s/n {ROUNDS_SEEN:g}"
+            Verdict.HOPELESS, f"no moments, and rounds have not been shown to help up to s/n {ROUNDS_SEEN:g}"
         )
     return Judgement(Verdict.MARGINAL, f"no moments, and rounds of s/n over {ROUNDS_SEEN:g} have not been tried")
 

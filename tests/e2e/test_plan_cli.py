@@ -68,7 +68,7 @@ def test_a_plan_with_rounds(run: Terminal, tmp_path: Path) -> None:
     assert "plainly faces" in out
     assert cells(out, "a client's keys, 50 rounds") == ["0 kB", "97 kB", "0 kB", "0 kB"]
     assert "distributed holds against the coordinator and any 1 of the 10 clients" in out
-    assert "adversarial rounds have not been seen to help" in out
+    assert "adversarial rounds have not been shown to help" in out
     assert 1 <= sum(line.startswith("- ") for line in out.splitlines()) <= 5
     assert out.splitlines()[-1] == f"run it: {shlex.join(['visard', 'simulate', LFW_WITH_ROUNDS])}"
     assert list(tmp_path.iterdir()) == []
