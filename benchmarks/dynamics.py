@@ -201,7 +201,7 @@ def fitted(config: RunConfig, faces: FaceDataset, folder: Path, release: Coordin
 
 def checkpoint(seed: int, options: argparse.Namespace, faces: FaceDataset) -> CoordinatorState:
     """Where all arms of a seed begin, fitted once and then kept: its noise is never drawn twice the same."""
-    folder = options.keep / f"{seed}-{options.rounds}-{options.moment_steps}"
+    folder = options.keep / Path(options.data).name / f"{seed}-{options.rounds}-{options.moment_steps}"
     folder.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(folder)
     return (
@@ -253,9 +253,9 @@ def read_rows() -> list[Row]:
 
 def show(rows: list[Row]) -> None:
     """Means over the seeds, and what each arm adds to the checkpoint, seed by seed."""
-    for rounds, moment_steps in sorted({(row["rounds"], row["moment_steps"]) for row in rows}):
-        print(f"\n{rounds} rounds after {moment_steps} moment steps")
-        chosen = [row for row in rows if (row["rounds"], row["moment_steps"]) == (rounds, moment_steps)]
+    for length in sorted({(row["data"], row["rounds"], row["moment_steps"]) for row in rows}):
+        print("\n{}, {} rounds after {} moment steps".format(*length))
+        chosen = [row for row in rows if (row["data"], row["rounds"], row["moment_steps"]) == length]
         start = {row["seed"]: row["figures"]["accuracy"] for row in chosen if row["arm"] == "start"}
         for arm in ARMS:
             own = [row for row in chosen if row["arm"] == arm]
@@ -283,7 +283,8 @@ def main() -> None:
         train, test = (load_faces(FaceSource(data=options.data), 28, 1, split=split) for split in ("train", "test"))
     for seed in options.seed if options.data else ():
         for arm in options.arm:
-            key = {"arm": arm, "seed": seed, "rounds": options.rounds, "moment_steps": options.moment_steps}
+            key = {"data": Path(options.data).name, "arm": arm, "seed": seed}
+            key |= {"rounds": options.rounds, "moment_steps": options.moment_steps}
             if any(key.items() <= row.items() for row in read_rows()):
                 continue
             start = checkpoint(seed, options, train)

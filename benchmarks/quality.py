@@ -84,8 +84,6 @@ class Cell:
     def config(self, given: dict[str, Scalar]) -> RunConfig:
         """The recipe with the arm's options; `given` says where the faces are."""
         own = settings(self.settings.split())
-        if load_recipe(self.recipe, {}).privacy.epsilon != self.epsilon:
-            own = {"moment-noise-multiplier": 0.0, **own}  # what the recipe says is for its own epsilon
         budget: dict[str, Scalar] = {"epsilon": self.epsilon, "seed": self.seed}
         rounds = rounds_against_fakes(self.recipe) if self.arm in ("adversarial", "plain") else {}
         if self.arm not in ("prior", "public"):
@@ -95,9 +93,7 @@ class Cell:
             # In place of those of the rounds and of the refinement.
             whole = load_recipe(self.recipe, {**given, **own})
             more = whole.training.num_rounds // whole.training.discriminator_steps + whole.training.refine_steps
-            moments = dataclasses.replace(
-                config.moments, moment_steps=config.moments.moment_steps + more, moment_noise_multiplier=0.0
-            )
+            moments = dataclasses.replace(config.moments, moment_steps=config.moments.moment_steps + more)
             config = dataclasses.replace(config, moments=moments)
         return config
 
@@ -134,10 +130,10 @@ def split(recipe: str, asked: dict[str, Scalar], folder: Path) -> tuple[dict[str
     faces = load_faces(config.simulation, size, channels)
     train, held = hold_out(faces, HELD_OUT)
     train.save(folder / f"{recipe}.npz")
-    public_faces(config).save(folder / "public.npz")
+    public_faces(config).save(folder / f"{recipe}-public.npz")
     given: dict[str, Scalar] = {
         "data": str(folder / f"{recipe}.npz"),
-        "public": str(folder / "public.npz"),
+        "public": str(folder / f"{recipe}-public.npz"),
         "attributes": "",
         "label-column": "",
         "label-values": "",
