@@ -34,8 +34,7 @@ from typing import Any
 
 import torch
 from flwr.clientapp import ClientApp
-from prior import mean_and_interval
-from settings import ADVERSARIAL, keep
+from settings import ADVERSARIAL, keep, mean_and_interval
 
 from client.discriminator import gradient_update
 from client.moments import moment_update

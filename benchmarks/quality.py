@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py RECIPE --data FOLDER [--arm recipe ...] [--epsilon 1 10] [--seed 0 1 2] [--set KEY=VALUE ...]
 
-RECIPE is mnist, fashion-mnist, utkface or lfw. Each arm is `visard simulate RECIPE` with other options:
+RECIPE is mnist, fashion-mnist, or one of faces (utkface, lfw, a path to a .toml). Each arm is `visard simulate RECIPE` with other
+options:
 
     recipe       as it stands
     moments      digits: the moment release alone, with all of epsilon and as many generator steps (the faces' recipes are that)
@@ -11,14 +12,15 @@ RECIPE is mnist, fashion-mnist, utkface or lfw. Each arm is `visard simulate REC
     adversarial  the moments, then a convolutional discriminator of real against fake, by a trusted curator
     plain        the same without moments, a plain DP-GAN
     prior        drawn faces alone: no client is asked anything
-    public       the recipe, begun from drawn faces
+    public       the recipe, begun from drawn faces (--set public=SOURCE public-steps=N: from others)
     real         no run: the training images themselves in place of generated ones
 
 The images of reference are the test set, or 1,000 photographs held out before the run (whole persons where persons are protected);
 they play no part in it, and are looked at once, after it. Each run appends a JSON line to benchmarks/results/quality.jsonl; one that
 is there already is not done again (take its line out after a change to the recipe, and its folder), and one that was interrupted goes
 on, with --keep.
-Without --data what was measured is shown.
+Without --data what was measured is shown: means over the seeds, and what a public start adds to the recipe, seed by seed, with
+95 % intervals by Student's t.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from settings import ADVERSARIAL, declared, hold_out, keep, settings
+from settings import ADVERSARIAL, declared, hold_out, keep, mean_and_interval, settings
 
 from common.applications.generate import TrainedGenerator
 from common.config import RunConfig
@@ -51,9 +53,9 @@ from simulations.recipe import load_recipe
 from simulations.simulate import Outcome, prepare, simulate
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-DIGITS, FACES = ("mnist", "fashion-mnist"), ("utkface", "lfw")
-PUBLIC = "procedural:persons=1000,images=5,first=100000"
-HELD_OUT, SYNTHETIC_FACES = 1000, 5000
+DIGITS = ("mnist", "fashion-mnist")
+PUBLIC: dict[str, Scalar] = {"public": "procedural:persons=1000,images=5,first=100000", "public-steps": 400}
+SYNTHETIC_FACES = 5000
 # As many as the training set has.
 SYNTHETIC_DIGITS = 60_000
 ARMS: dict[str, dict[str, Scalar]] = {
@@ -63,8 +65,8 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "none": {"privacy-model": "none"},
     "adversarial": {"moment-noise-multiplier": 0.0},
     "plain": {"moment-rounds": 0},
-    "prior": {"public-steps": 400, "moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
-    "public": {"public-steps": 400},
+    "prior": {"moment-rounds": 0, "num-rounds": 0, "refine-steps": 0},
+    "public": {},
     "real": {},
 }
 Row = dict[str, Any]
@@ -83,12 +85,13 @@ class Cell:
 
     def config(self, given: dict[str, Scalar]) -> RunConfig:
         """The recipe with the arm's options; `given` says where the faces are."""
-        own = settings(self.settings.split())
+        # Those of public faces are in `given`.
+        own = {key: value for key, value in settings(self.settings.split()).items() if key not in PUBLIC}
         budget: dict[str, Scalar] = {"epsilon": self.epsilon, "seed": self.seed}
         rounds = rounds_against_fakes(self.recipe) if self.arm in ("adversarial", "plain") else {}
         if self.arm not in ("prior", "public"):
-            given = {key: value for key, value in given.items() if key != "public"}
-        config = load_recipe(self.recipe, {**given, **rounds, **ARMS[self.arm], **budget, **own})
+            given = {key: value for key, value in given.items() if key not in PUBLIC}
+        config = load_recipe(self.recipe, {**given, **rounds, **own, **ARMS[self.arm], **budget})
         if self.arm == "moments":
             # In place of those of the rounds and of the refinement.
             whole = load_recipe(self.recipe, {**given, **own})
@@ -101,7 +104,7 @@ class Cell:
     def name(self) -> str:
         """Of its folder."""
         own = hashlib.sha256(self.settings.encode()).hexdigest()[:8] if self.settings else "as-it-is"
-        return f"{self.recipe}-{self.arm}-{self.epsilon:g}-{self.seed}-{own}"
+        return f"{Path(self.recipe).stem}-{self.arm}-{self.epsilon:g}-{self.seed}-{own}"
 
 
 def rounds_against_fakes(recipe: str) -> dict[str, Scalar]:
@@ -120,20 +123,24 @@ def synthetic_count(recipe: str) -> int:
     return SYNTHETIC_DIGITS if recipe in DIGITS else SYNTHETIC_FACES
 
 
-def split(recipe: str, asked: dict[str, Scalar], folder: Path) -> tuple[dict[str, Scalar], FaceDataset, FaceDataset]:
+def split(
+    recipe: str, asked: dict[str, Scalar], count: int, folder: Path
+) -> tuple[dict[str, Scalar], FaceDataset, FaceDataset]:
     """Where the faces to train on and the public ones are, as options, the former, and the images of reference."""
-    config = load_recipe(recipe, {**asked, "public": PUBLIC, "public-steps": 1})
+    config = load_recipe(recipe, {**PUBLIC, **asked})
     size, channels = config.model.image_size, config.model.channels
     if recipe in DIGITS:
         train, test = (load_faces(config.simulation, size, channels, split=split) for split in ("train", "test"))
         return {"data": asked["data"]}, train, test
     faces = load_faces(config.simulation, size, channels)
-    train, held = hold_out(faces, HELD_OUT)
-    train.save(folder / f"{recipe}.npz")
-    public_faces(config).save(folder / f"{recipe}-public.npz")
+    train, held = hold_out(faces, count)
+    own, public = (folder / f"{Path(recipe).stem}{kind}.npz" for kind in ("", "-public"))
+    train.save(own)
+    public_faces(config).save(public)
     given: dict[str, Scalar] = {
-        "data": str(folder / f"{recipe}.npz"),
-        "public": str(folder / f"{recipe}-public.npz"),
+        "data": str(own),
+        "public": str(public),
+        "public-steps": config.training.public_steps,
         "attributes": "",
         "label-column": "",
         "label-values": "",
@@ -176,7 +183,7 @@ def image_figures(made: torch.Tensor, labels: np.ndarray | None, reference: Face
         for classifier in CLASSIFIERS:
             share = synthetic_accuracy(made, torch.from_numpy(labels), real, truth, seed=0, classifier=classifier)
             accuracy[classifier] = round(100 * share, 2)
-    fidelity = dataclasses.asdict(measure_fidelity(made[: HELD_OUT * 5], real))
+    fidelity = dataclasses.asdict(measure_fidelity(made[:SYNTHETIC_FACES], real))
     return {
         "accuracy": accuracy,
         "fidelity": {name: round(v, 4) if isinstance(v, float) else v for name, v in fidelity.items()},
@@ -208,52 +215,69 @@ def trained(cell: Cell, given: dict[str, Scalar], directory: Path) -> Outcome:
     return simulate(directory, state, faces, [PlainProgress()])
 
 
-def read_rows() -> dict[Cell, Row]:
+def read_rows(results: Path) -> dict[Cell, Row]:
     """All that was measured."""
-    lines = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
+    lines = results.read_text("utf-8").splitlines() if results.exists() else []
     names = [field.name for field in dataclasses.fields(Cell)]
     return {Cell(*(row[name] for name in names)): row for row in map(json.loads, lines)}
 
 
+def told_figures(row: Row) -> dict[str, float]:
+    """What is shown of a run: accuracy (%) of each classifier, and fidelity."""
+    return {**row["accuracy"], **{name: row["fidelity"][name] for name in ("frechet", "recall", "coverage")}}
+
+
 def show(rows: dict[Cell, Row]) -> None:
-    """Print a table."""
-    print(f"{'recipe':<14}{'arm':<12}{'epsilon':>8}{'seed':>5}{'minutes':>8}  accuracy (%), fidelity")
+    """Print means over the seeds of every kind of run, and what a public start adds to the recipe at each seed."""
+    kinds: dict[Cell, dict[int, dict[str, float]]] = {}
     for cell, row in rows.items():
-        found = {**row["accuracy"], **{name: row["fidelity"][name] for name in ("frechet", "recall", "coverage")}}
-        spent = row.get("epsilon_rdp")
-        head = f"{cell.recipe:<14}{cell.arm:<12}{'-' if spent is None else f'{spent:g}':>8}{cell.seed:>5}{row['seconds'] / 60:>8.1f}"
-        print(f"{head}  {'  '.join(f'{name} {value:.4g}' for name, value in found.items())}  {cell.settings}")
+        kinds.setdefault(dataclasses.replace(cell, seed=0), {})[cell.seed] = told_figures(row)
+    for kind, by_seed in list(kinds.items()):
+        bare = kinds.get(dataclasses.replace(kind, arm="recipe"), {})
+        if kind.arm == "public" and by_seed.keys() & bare.keys():
+            kinds[dataclasses.replace(kind, arm="added by it")] = {
+                seed: {name: value - bare[seed][name] for name, value in by_seed[seed].items()}
+                for seed in by_seed.keys() & bare.keys()
+            }
+    for kind, by_seed in sorted(kinds.items(), key=lambda item: (item[0].recipe, -item[0].epsilon)):
+        names = next(iter(by_seed.values()))
+        told = (f"{name} {mean_and_interval([found[name] for found in by_seed.values()])}" for name in names)
+        head = f"{kind.recipe:<14}{kind.arm:<12} epsilon {kind.epsilon:g}, {len(by_seed)} seeds"
+        print(f"{head}  {'  '.join(told)}  {kind.settings}")
 
 
 def main() -> None:
     """Measure what was asked for and is not there yet, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", choices=[*DIGITS, *FACES], default="mnist")
+    parser.add_argument("recipe", nargs="?", default="mnist", help="name of a recipe, or a path to a .toml")
     parser.add_argument("--data", help="the recipe's folder; without it, what was measured is shown")
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=["recipe"])
     parser.add_argument("--epsilon", type=float, nargs="+", default=[10.0])
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other options of the recipe")
     parser.add_argument("--synthetic", type=int, default=0, help="images drawn; by default 60000 digits, 5000 faces")
+    parser.add_argument("--held-out", type=int, default=1000, help="photographs of faces to compare to")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of what was measured")
     parser.add_argument("--keep", type=Path, help="folder to keep the runs in; what is interrupted goes on from there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.data:
             (options.keep or Path(scratch)).mkdir(parents=True, exist_ok=True)
-            asked = {**settings(options.set), "data": str(Path(options.data).resolve())}
-            given, train, reference = split(options.recipe, asked, options.keep or Path(scratch))
+            data = Path(options.data).resolve() if Path(options.data).exists() else options.data
+            asked = {**settings(options.set), "data": str(data)}
+            given, train, reference = split(options.recipe, asked, options.held_out, options.keep or Path(scratch))
         for seed in options.seed if options.data else ():
             for epsilon in options.epsilon:
                 for arm in options.arm:
                     if arm in ("prior", "public") and options.recipe in DIGITS:
-                        parser.error(f"the arm {arm} is for faces: {' and '.join(FACES)}")
+                        parser.error(f"the arm {arm} is for faces")
                     count = options.synthetic or synthetic_count(options.recipe)
                     cell = Cell(options.recipe, arm, epsilon, seed, " ".join(options.set), count)
-                    if cell not in read_rows():
+                    if cell not in read_rows(options.results):
                         row = measure(cell, given, train, reference, options.keep or Path(scratch))
-                        keep(RESULTS, row)
+                        keep(options.results, row)
                         show({cell: row})
-    show(read_rows())
+    show(read_rows(options.results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What benchmarks share: options of a recipe on the command line, faces held out, and what was measured, a line of JSON each."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from common.config import RunConfig, flat_fields
 from common.errors import ConfigError
@@ -70,3 +71,11 @@ def keep(results: Path, row: Mapping[str, Any]) -> None:
     results.parent.mkdir(exist_ok=True)
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """The mean, and half the width of its 95 % interval by Student's t where there are two values or more."""
+    if len(values) < 2:
+        return f"{np.mean(values):.4g}"
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.4g} ± {half:.2g}"

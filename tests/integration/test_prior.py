@@ -527,25 +527,24 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     lines = [f"{key} = {json.dumps(value)}" for key, value in TINY.items() if key not in ("data", "num-clients")]
     lines += ["num-clients = 2", "num-classes = 2", 'label-column = "glasses"', 'label-values = "yes,no"']
     recipe.write_text("\n".join(lines))
-    command = [sys.executable, str(ROOT / "benchmarks" / "prior.py"), "--recipe", str(recipe)]
-    command += ["--data", "procedural:persons=24,images=2", "--public", "procedural:persons=8,images=2,first=100"]
-    command += ["--public-steps", "3", "--seed", "0", "1", "--held-out", "12", "--synthetic", "24"]
-    command += ["--set", "num-rounds=1", "--results", str(tmp_path / "results.jsonl")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), str(recipe)]
+    command += ["--data", "procedural:persons=24,images=2", "--arm", "prior", "recipe", "public"]
+    command += ["--seed", "0", "1", "--held-out", "12", "--synthetic", "24"]
+    command += ["--set", "num-rounds=1", "public=procedural:persons=8,images=2,first=100", "public-steps=3"]
+    command += ["--results", str(tmp_path / "results.jsonl")]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["seed"]) for row in rows] == [
-        (arm, seed) for seed in (0, 1) for arm in ("prior", "without", "with")
+        (arm, seed) for seed in (0, 1) for arm in ("prior", "recipe", "public")
     ]
-    assert [row["public_steps"] for row in rows] == [3, 0, 3] * 2
     assert [row["epsilon_rdp"] > 0 for row in rows] == [False, True, True] * 2
-    assert rows[0]["public"] == "procedural:persons=8,images=2,first=100"
-    assert "frechet" in rows[0]["figures"]
-    assert "accuracy" in rows[0]["figures"]
-    values = [row["figures"]["frechet"] for row in rows if row["arm"] == "with"]
-    half = 12.706 * abs(values[0] - values[1]) / 2
-    told = next(line.split() for line in done.stdout.splitlines() if line.startswith("with ") and "±" in line)
-    assert told[:2] == ["with", "frechet"]
-    assert float(told[2]) == pytest.approx(sum(values) / 2, rel=1e-3)
-    assert float(told[4]) == pytest.approx(half, rel=0.06)
+    assert rows[0]["accuracy"]
+    added = [rows[at + 1]["fidelity"]["frechet"] - rows[at]["fidelity"]["frechet"] for at in (1, 4)]
+    told = done.stdout.splitlines()[-1].split()
+    assert "added by it" in done.stdout.splitlines()[-1]
+    at = told.index("frechet")
+    assert float(told[at + 1]) == pytest.approx(sum(added) / 2, rel=1e-3)
+    assert told[at + 2] == "±"
+    assert float(told[at + 3]) == pytest.approx(12.706 * abs(added[0] - added[1]) / 2, rel=0.06)
