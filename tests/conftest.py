@@ -1,11 +1,18 @@
-"""What every test stands on: one thread, and no trace left outside its own folder."""
+"""What every test stands on: one thread, signals that reach whoever they are sent to, no trace left outside its own folder."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Where the suite itself runs in the background or under nohup these are ignored, and whatever it starts would ignore them too:
+# an ignored signal is inherited, a handler is not.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
