@@ -39,6 +39,16 @@ def test_a_recipe_is_audited(visard: Terminal, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["audit.json", "audit.md"], "no canary stays behind"
 
 
+def test_a_recipe_without_rounds_is_audited_for_its_moments(visard: Terminal, tmp_path: Path) -> None:
+    parts = ["--parts", "gate,one-run,inversion", "--quick"]
+    code, out, err = visard("audit", "demo", *parts, *OPTIONS, *MODEL, "--num-rounds", "0")
+    found = json.loads((tmp_path / "runs" / "audit-demo" / "audit.json").read_text())
+    assert (code, found["gate"]["passed"]) == (0, True), err
+    assert "in the moment release" in " ".join(out.replace("│", " ").split())
+    assert found["one_run"]["bound"] <= found["one_run"]["claimed_epsilon"]
+    assert "no noised round" in (tmp_path / "runs" / "audit-demo" / "audit.md").read_text()
+
+
 def test_what_is_wrong_ends_with_status_1(visard: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plants.no_clipping(monkeypatch)
     code, out, _ = visard("audit", "demo", "--parts", "gate", "--quick", "--out", "found", *OPTIONS, *MODEL)
