@@ -44,6 +44,7 @@ _ROTATION_DEGREES = 10.0
 # Factors of brightness, contrast and saturation lie in [1 - this, 1 + this].
 _COLOUR_SHARE = 0.2
 _BLUR_P = 0.5
+_ERASE_P = 0.5
 
 
 class Augmentation:
@@ -175,10 +176,18 @@ def _blur(image_size: int, _channels: int) -> _Transform:
     return blur
 
 
+def _erase(_image_size: int, _channels: int) -> _Transform:
+    from kornia.augmentation import RandomErasing
+
+    erase: _Transform = RandomErasing(scale=(0.02, 0.2), ratio=(0.5, 2.0), value=0.0, p=_ERASE_P)  # 0 is grey
+    return erase
+
+
 _TRANSFORMS: dict[str, Callable[[int, int], _Transform]] = {
     "flip": _flip,
     "crop": _crop,
     "rotation": _rotation,
     "colour": _colour,
     "blur": _blur,
+    "erase": _erase,
 }

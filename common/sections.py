@@ -13,7 +13,7 @@ from common.stopping import FIGURES, StopCondition
 
 IMAGE_SIZES = (28, 32, 64, 128)
 CHANNELS = (1, 3)
-AUGMENTATIONS = ("flip", "crop", "rotation", "colour", "blur")
+AUGMENTATIONS = ("flip", "crop", "rotation", "colour", "blur", "erase")
 DETECT = ("none", "largest", "all")
 
 

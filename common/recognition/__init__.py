@@ -1,0 +1,1 @@
+"""Face recognition: photographs and synthetic faces in, persons and attributes out."""
