@@ -33,8 +33,10 @@ def build() -> "typer.Typer":
     from simulations.audit.cli import audit
     from simulations.cli import generate, simulate
     from simulations.data_cli import show
+    from simulations.evaluate_cli import evaluate
     from simulations.plan_cli import plan
     from simulations.recipe import load_recipe
+    from simulations.recognise_cli import app as recognition
 
     app = typer.Typer(
         help="Train one face generator together, without showing a photograph to anyone.",
@@ -46,6 +48,7 @@ def build() -> "typer.Typer":
     app.command("simulate")(simulate)
     app.command("generate")(generate)
     app.command("audit")(audit)
+    app.command("evaluate")(evaluate)
     client = typer.Typer(help="An owner's side: keeps the faces, enforces the budget.", no_args_is_help=True)
     client.command("init")(init_client)
     client.command("check")(check_run(load_recipe))
@@ -65,6 +68,7 @@ def build() -> "typer.Typer":
     data = typer.Typer(help="Faces before a run: what an owner holds, and who holds what.", no_args_is_help=True)
     data.command("check")(check)
     data.command("show")(show)
+    recognise = recognition()
     ledger = typer.Typer(help="What was spent of an owner's budget.", no_args_is_help=True)
     ledger.command("show")(ledger_cli.show)
     ledger.command("verify")(ledger_cli.verify)
@@ -74,7 +78,8 @@ def build() -> "typer.Typer":
     app.add_typer(client, name="client")
     app.add_typer(coordinator, name="coordinator")
     app.add_typer(data, name="data")
-    for group in (app, client, coordinator, data, ledger):
+    app.add_typer(recognise, name="recognise")
+    for group in (app, client, coordinator, data, ledger, recognise):
         for command in group.registered_commands:
             # These two take signals otherwise.
             if command.callback is not None and command.callback not in (coordinator_cli.start, worker):
