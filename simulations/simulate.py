@@ -17,6 +17,7 @@ from client.simulated import simulated_limits, simulated_peers
 from common.config import RunConfig
 from common.errors import ConfigError, DataError
 from common.faces import FaceDataset, load_faces
+from common.faces.cache import cache_folder
 from common.fields import Scalar
 from common.privacy.accounting import tight_epsilon_of
 from common.privacy.ledger import Ledger
@@ -152,16 +153,3 @@ def declared_against_held(config: RunConfig, faces: FaceDataset) -> str | None:
         f"expected-batch {config.privacy.expected_batch:g} at sample-rate {config.privacy.sample_rate:g} declares {declared:.0f} units "
         f"a client, which is more than a fifth {'above' if declared > held else 'below'} what the simulated clients hold"
     )
-
-
-def cache_folder() -> Path:
-    """Where preprocessed faces are kept, readable by this user alone: $XDG_CACHE_HOME/visard."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visard"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError as error:
-        raise DataError(
-            f"cannot keep preprocessed faces in {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
-    return folder

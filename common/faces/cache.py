@@ -7,11 +7,25 @@ live on there. A file's name is hash(identity)-hash(state)-hash(options): which 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from common.errors import DataError
 from common.faces.dataset import FaceDataset
+
+
+def cache_folder() -> Path:
+    """Where preprocessed faces are kept, readable by this user alone: $XDG_CACHE_HOME/visard."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visard"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise DataError(
+            f"cannot keep preprocessed faces in {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    return folder
 
 
 def cached(

@@ -4,9 +4,10 @@ Each kind of source is opened by one function: `open_*(where, source, options, s
 (for the cache) and how to gather its pictures, and does not decode any. What comes after is the same for all.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import PIL
 
 from common.errors import DataError
@@ -22,9 +23,19 @@ from common.faces.source import SPLITS, Source
 from common.fields import listed
 from common.sections import FaceSource
 
+# The attribute that a named data set has each face's file in: no column of a table is called so.
+FILE = ""
+
 
 def load_faces(
-    source: FaceSource, image_size: int, channels: int, *, split: str = "train", cache_dir: Path | None = None
+    source: FaceSource,
+    image_size: int,
+    channels: int,
+    *,
+    split: str = "train",
+    cache_dir: Path | None = None,
+    named: bool = False,
+    track: Track = untracked,
 ) -> FaceDataset:
     """Read faces, each cut to uint8 (channels, image_size, image_size).
 
@@ -40,7 +51,8 @@ def load_faces(
       flwr-datasets:PATH_OR_NAME,partitions=10,partition=3 one part of such a data set, with `,by=COLUMN`
 
     split: 'train', or 'test' where the source has it. cache_dir: where to keep the outcome for next time, None for
-    nowhere. What cannot be used is counted in one SkippedImages warning (not again from the cache). Raises DataError where the
+    nowhere. named: with the attribute FILE, as `Reading.names`. track: wraps the pictures as they are gone through, for a progress
+    bar. What cannot be used is counted in one SkippedImages warning (not again from the cache). Raises DataError where the
     source is missing, empty, mixed, damaged or without that split, or needs a package that is not installed; OSError where the
     cache cannot be written.
     """
@@ -56,9 +68,13 @@ def load_faces(
         raise
 
     def read() -> FaceDataset:
-        reading = _read(opened, source, options)
+        reading = _read(opened, source, options, track)
         reading.warn(source.data)
-        return reading.faces
+        if not named:
+            return reading.faces
+        return replace(
+            reading.faces, attributes={**reading.faces.attributes, FILE: np.array(reading.names, dtype=np.str_)}
+        )
 
     if cache_dir is None:
         return read()
@@ -66,7 +82,7 @@ def load_faces(
         forget(cache_dir, identity)  # the place may have held what was kept
         return read()
     asked = [getattr(source, f.name) for f in fields(FaceSource)]
-    return cached(cache_dir, identity, state, [image_size, channels, split, asked], read)
+    return cached(cache_dir, identity, state, [image_size, channels, split, asked, named], read)
 
 
 def read_faces(

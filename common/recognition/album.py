@@ -8,8 +8,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.errors import DataError
-from common.faces import FaceDataset, read_faces
+from common.faces import FaceDataset, load_faces
+from common.faces.cache import cache_folder
 from common.faces.gallery import Track, nearest, untracked
+from common.faces.loading import FILE
 from common.recognition.settings import RecognitionConfig
 from common.sections import FaceSource
 
@@ -51,9 +53,12 @@ def read_album(sources: Sequence[FaceSource], config: RecognitionConfig, track: 
     parts = []
     for source in sources:
         asked = dataclasses.replace(source, crop=config.crop, detect=config.detect)
-        reading = read_faces(asked, config.image_size, config.channels, track=track)
-        reading.warn(source.data)
-        parts.append((reading.faces, reading.names))
+        faces = load_faces(
+            asked, config.image_size, config.channels, cache_dir=cache_folder() / "faces", named=True, track=track
+        )
+        attributes = dict(faces.attributes)
+        files = attributes.pop(FILE).tolist()
+        parts.append((dataclasses.replace(faces, attributes=attributes), files))
     known = {faces.persons is not None for faces, _ in parts}
     if len(known) > 1:
         raise DataError("some of the folders say who is on each photograph and others do not: name one kind")
