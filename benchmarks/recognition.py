@@ -1,4 +1,4 @@
-"""Do synthetic faces help face recognition? One recogniser with them and without, on the same photographs and in as many steps.
+"""Do synthetic faces help face recognition? One recogniser with them and without, from the same photographs.
 
     python benchmarks/recognition.py orl --data ORL [--generator RUN] [--arm none ...] [--shots 2 3 5] [--seed 0 ... 9]
     python benchmarks/recognition.py lfw --data LFW [--data REST] --pairs PAIRS [--generator RUN] [--arm ...] [--seed 0 1 2]
@@ -9,9 +9,12 @@
     variation    synthetic faces near each photograph, with its name
 
 orl: identification of 40 persons from `--shots` photographs of each, tested on five others; each seed is another division. lfw:
-verification, trained on the persons outside folds 9 and 10, a tenth of them kept to choose the threshold on, and tested on the pairs
-of these folds. `--make RUN` trains the generator that `--generator` takes on just the photographs of lfw that the
-recogniser may see: `visard simulate lfw`, epsilon 10 for each person.
+verification, trained on the persons outside folds 9 and 10, a tenth of them kept to choose the threshold on, and tested on the
+pairs of these folds. All arms of a task take as many steps, to a pass over the data (pretrain's first stage comes on top, and is in
+the row).
+
+A generator must not have learned from what is tested on: `--make RUN` trains the one that `--generator` takes on just the photographs
+of lfw that the recogniser may see, those kept for its threshold among them: `visard simulate lfw`, epsilon 10 for each person.
 
 Each run appends a JSON line to benchmarks/results/recognition.jsonl; one that is there is not done again. Without --data what was
 measured is shown: means over the seeds with 95 % intervals by Student's t, and what each arm adds, seed by seed.
@@ -20,6 +23,7 @@ measured is shown: means over the seeds with 95 % intervals by Student's t, and 
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -41,7 +45,7 @@ from common.fields import Scalar
 from common.recognition.album import Album, read_album, split_photographs
 from common.recognition.preparation import prepare
 from common.recognition.settings import RecognitionConfig
-from common.recognition.training import train_recogniser
+from common.recognition.training import steps_an_epoch, train_recogniser
 from common.sections import FaceSource
 from server.progress import PlainProgress
 from simulations.recipe import load_recipe
@@ -72,13 +76,12 @@ def config_of(task: str, arm: str, seed: int, epochs: int) -> RecognitionConfig:
     return dataclasses.replace(CONFIGS[task], **ARMS[arm], seed=seed, epochs=epochs or CONFIGS[task].epochs)
 
 
-def trained(album: Album, config: RecognitionConfig, generator: TrainedGenerator | None) -> tuple[Any, Row]:
-    """A recogniser, in as many steps as on the photographs alone, and what it was."""
+def trained(album: Album, config: RecognitionConfig, generator: TrainedGenerator | None, steps: int) -> tuple[Any, Row]:
+    """A recogniser after about `steps` steps, and what it was."""
     began = time.monotonic()
     prepared = prepare(album, config, generator if config.use != "none" else None)
-    bare = len(prepare(album, dataclasses.replace(config, use="none")).lesson.images)
-    epochs = max(1, round(config.epochs * bare / len(prepared.lesson.images)))
-    config = dataclasses.replace(config, epochs=epochs)
+    each = steps_an_epoch(len(prepared.lesson.images), config)
+    config = dataclasses.replace(config, epochs=max(1, round(steps / each)))
     found = train_recogniser(
         prepared.lesson,
         prepared.kept,
@@ -86,9 +89,13 @@ def trained(album: Album, config: RecognitionConfig, generator: TrainedGenerator
         unlabelled=prepared.unlabelled,
         observer=lambda *told: print(*told, flush=True) if told[1] % 5 == 0 else None,
     )
+    before = (
+        0 if prepared.unlabelled is None else steps_an_epoch(len(prepared.unlabelled), config) * config.pretrain_epochs
+    )
     told = {
         "learned_from": prepared.told,
-        "epochs": epochs,
+        "steps": each * config.epochs,
+        "pretrain_steps": before,
         "seconds": round(time.monotonic() - began),
         "figure": found.figure,
     }
@@ -102,9 +109,9 @@ def run_orl(album: Album, arm: str, seed: int, shots: int, options: argparse.Nam
     if shots < MOST_SHOTS:
         few = few.subset(split_photographs(few.persons, shots, np.random.default_rng(seed))[0])
     config = config_of("orl", arm, seed, options.epochs)
-    # As many steps as with five photographs of each: fewer photographs are gone through more often.
-    config = dataclasses.replace(config, epochs=round(config.epochs * MOST_SHOTS / shots))
-    recogniser, told = trained(few, config, generator)
+    # As many as with five photographs of each: fewer photographs are gone through more often.
+    steps = config.epochs * steps_an_epoch(len(learned), config)
+    recogniser, told = trained(few, config, generator, steps)
     test = album.subset(tested)
 
     def accuracy(images: np.ndarray) -> float:
@@ -116,7 +123,11 @@ def run_orl(album: Album, arm: str, seed: int, shots: int, options: argparse.Nam
 
 def run_lfw(album: Album, asked: Asked, arm: str, seed: int, options: argparse.Namespace, generator: Any) -> Row:
     """Verification on the pairs of the folds that nothing was learned from, also disturbed."""
-    recogniser, told = trained(without_pairs(album, asked), config_of("lfw", arm, seed, options.epochs), generator)
+    left, config = without_pairs(album, asked), config_of("lfw", arm, seed, options.epochs)
+    steps = config.epochs * steps_an_epoch(
+        len(prepare(left, dataclasses.replace(config, use="none")).lesson.images), config
+    )
+    recogniser, told = trained(left, config, generator, steps)
     threshold = recogniser.needed_threshold()
     found = evaluate_verification(recogniser, album, asked, threshold, [], disturbed=True)
     _, figures = verify_pairs(recogniser, album.faces.images, asked.pairs, threshold)
@@ -191,6 +202,8 @@ def main() -> None:
         show(read_rows())
         return
     warnings.simplefilter("ignore", SkippedImages)
+    if options.task == "orl" and options.make is not None:
+        parser.error("--make is for lfw: forty persons give no generator")
     album = read_album([FaceSource(data=folder) for folder in options.data], CONFIGS[options.task])
     asked = None
     if options.task == "lfw":
@@ -205,7 +218,10 @@ def main() -> None:
         for shots in options.shots if options.task == "orl" else [0]:
             for arm in options.arm:
                 length = options.epochs or CONFIGS[options.task].epochs
+                config = json.dumps(config_of(options.task, arm, seed, length).to_flat())
                 key = {"task": options.task, "arm": arm, "seed": seed, "shots": shots, "asked_epochs": length}
+                key |= {"generator": "" if place is None or arm == "none" else place.name}
+                key |= {"config": hashlib.sha256(config.encode()).hexdigest()[:12]}
                 if any(key.items() <= row.items() for row in read_rows()):
                     continue
                 if asked is None:
@@ -215,7 +231,6 @@ def main() -> None:
                 row = {
                     **key,
                     **figures,
-                    "generator": "" if place is None or arm == "none" else place.name,
                     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                     "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
                     "torch": torch.__version__,

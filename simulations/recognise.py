@@ -39,7 +39,9 @@ def asked_pairs(album: Album, listed: Path | None, folds: Sequence[int], seed: i
     if listed is None:
         return Asked(draw_pairs(album.persons, np.random.default_rng(seed)))
     pairs, missing = read_pairs(listed, album.files)
-    return Asked(pairs.of_folds(folds) if folds else pairs, missing)
+    if not folds:
+        return Asked(pairs, len(missing))
+    return Asked(pairs.of_folds(folds), sum(fold in folds for fold in missing))
 
 
 def without_pairs(album: Album, asked: Asked) -> Album:
@@ -113,12 +115,13 @@ def evaluate_identification(recogniser: TrainedRecogniser, album: Album, disturb
 
 
 def evaluate_attributes(recogniser: TrainedRecogniser, faces: FaceDataset) -> dict[str, float]:
-    """The share of each attribute that it tells rightly, of the faces where it is known."""
+    """The share of each attribute that it tells rightly, of the faces where it is known; none where it is of no face."""
     found = recogniser.attributes(faces.images)
     told = {}
     for name, values in found.items():
-        truth = _attribute(faces, name)
-        told[name] = float((values == truth)[truth != ""].mean())
+        known = faces.attributes.get(name, np.array("")) != ""
+        if known.any():
+            told[name] = float((values == faces.attributes[name])[known].mean())
     return told
 
 
@@ -143,7 +146,7 @@ def group(recogniser: TrainedRecogniser, album: Album, threshold: float, out: Pa
     """Who might be one person, by embedding alone: `clusters.csv` and `clusters.png` in `out`, and figures where persons are known."""
     faces = album.faces
     found = cluster(recogniser.embed(faces.images).numpy(), threshold)
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["cluster", "file"])
@@ -155,8 +158,9 @@ def group(recogniser: TrainedRecogniser, album: Album, threshold: float, out: Pa
         some = list(faces.images[np.flatnonzero(found == number)[:_COLUMNS]])
         rows += some + [blank] * (_COLUMNS - len(some))
     save_grid(out / "clusters.png", np.stack(rows), columns=_COLUMNS, scale=1)
-    told: dict[str, Any] = {"photographs": len(faces), "clusters": int(found.max()) + 1}
-    return told if faces.persons is None else {**told, **asdict(clustering_figures(found, faces.persons))}
+    if faces.persons is None:
+        return {"count": len(faces), "clusters": int(found.max()) + 1}
+    return asdict(clustering_figures(found, faces.persons))
 
 
 def write_figures(path: Path, told: dict[str, Any]) -> None:
@@ -166,6 +170,8 @@ def write_figures(path: Path, told: dict[str, Any]) -> None:
 
 def _photograph(path: Path, recogniser: TrainedRecogniser) -> np.ndarray:
     config = recogniser.config
+    if not path.is_file():
+        raise DataError(f"there is no file {path}: check the path")
     try:
         return decode(path, FaceOptions(config.image_size, config.channels, config.crop, config.detect))[0]
     except UnreadableImageError as error:

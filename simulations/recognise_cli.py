@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from common.errors import ConfigError
@@ -17,6 +18,7 @@ from common.fields import listed
 from common.options import with_section_options
 from common.recognition.settings import RecognitionConfig
 from common.sections import FaceSource
+from common.telling import plain
 from server.summary import RUNS_DIR, run_directory
 
 if TYPE_CHECKING:
@@ -77,9 +79,9 @@ def _train(
     labels = _labels(album, label_column, listed(label_values))
     with console.status("preparing what is learned from"):
         prepared = prepare(album, config, source, labels)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_figures(folder / CONFIG, config.to_flat())
-    console.print(f"{prepared.told} -> {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{prepared.told} -> {folder}", highlight=False, markup=False, soft_wrap=True)
     try:
         with _progress() as observer:
             trained = train_recogniser(
@@ -91,9 +93,17 @@ def _train(
                 observer=observer,
             )
     except KeyboardInterrupt:
-        told = "stopped; nothing is lost. Go on with the same command and --resume"
+        command = ["visard", "recognise", "train", *(text for one in data for text in ("--data", one))]
+        given = {"table": table, "person-column": person_column, "generator": generator, "label-column": label_column}
+        given |= {"label-values": label_values, "pairs": pairs, "folds": folds, "name": name}
+        given |= {"runs-dir": runs_dir if runs_dir != RUNS_DIR else None}
+        command += [text for key, value in given.items() if value for text in (f"--{key}", str(value))]
+        told = f"stopped; nothing is lost. Go on with: {shlex.join([*command, '--resume'])}"
         console.print(
-            f"\n{told}" if (folder / CHECKPOINT).exists() else "\nstopped before the first epoch", highlight=False
+            f"\n{told}" if (folder / CHECKPOINT).exists() else "\nstopped before the first epoch: start anew",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
         sys.exit(130)
     dataclasses.replace(trained, names=list(prepared.names)).save(folder)
@@ -110,7 +120,7 @@ def _train(
         shown.add_row("one person from a cosine of", f"{trained.threshold:.3f}")
     console.print(shown)
     again = shlex.join(["visard", "recognise", "evaluate", str(folder)])
-    console.print(f"next: {again} --data PHOTOGRAPHS", highlight=False, soft_wrap=True)
+    console.print(f"next: {again} --data PHOTOGRAPHS", highlight=False, markup=False, soft_wrap=True)
 
 
 train = with_section_options(_train, RecognitionConfig, "Recogniser")
@@ -154,7 +164,7 @@ def evaluate(
     write_figures(run / "evaluation.json", told)
     for shown in _tables(told):
         console.print(shown)
-    console.print(f"all figures: {run / 'evaluation.json'}", highlight=False, soft_wrap=True)
+    console.print(f"all figures: {run / 'evaluation.json'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def identify(
@@ -176,8 +186,8 @@ def identify(
         for place, (name, cosine) in enumerate(found):
             stranger = place == 0 and recogniser.threshold is not None and cosine < recogniser.threshold
             if stranger:
-                shown.add_row(path.name, "[dim]a stranger to it[/]", "")
-            shown.add_row("" if place or stranger else path.name, name, f"{cosine:.3f}")
+                shown.add_row(_shown(path.name), "[dim]a stranger to it[/]", "")
+            shown.add_row("" if place or stranger else _shown(path.name), _shown(name), f"{cosine:.3f}")
     console.print(shown)
 
 
@@ -217,9 +227,12 @@ def cluster(
     told = group(recogniser, _album(data, recogniser.config), limit, folder)
     shown = Table(show_header=False)
     for key, value in told.items():
-        shown.add_row(key.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
+        what = "photographs" if key == "count" else key.replace("_", " ")
+        shown.add_row(what, f"{value:.3f}" if isinstance(value, float) else str(value))
     console.print(shown)
-    console.print(f"{folder / 'clusters.csv'}, {folder / 'clusters.png'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{folder / 'clusters.csv'}, {folder / 'clusters.png'}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def app() -> typer.Typer:
@@ -326,6 +339,11 @@ def _progress() -> "Iterator[Observer]":
         yield move
 
 
+def _shown(name: str) -> str:
+    """A name that others wrote, as it is."""
+    return escape(plain(name))
+
+
 def _tables(told: dict[str, Any]) -> list[Table]:
     """What was measured, for people."""
     main = Table(show_header=False)
@@ -347,7 +365,7 @@ def _tables(told: dict[str, Any]) -> list[Table]:
         for rank, share in told["ranks"].items():
             main.add_row(f"among the first {rank}" if rank > 1 else "recognised", f"{share:.1%}")
     for name, share in told.get("attributes", {}).items():
-        main.add_row(f"{name} told rightly", f"{share:.1%}")
+        main.add_row(f"{_shown(name)} told rightly", f"{share:.1%}")
     tables = [main]
     if "robustness" in told:
         worse = Table("disturbance", "weak", "middle", "strong")
@@ -356,11 +374,13 @@ def _tables(told: dict[str, Any]) -> list[Table]:
         tables.append(worse)
     for name, found in told.get("by", {}).items():
         for kind in ("false_match", "false_non_match"):
-            rates = Table(name, "pairs", "errors", "rate", "95 %", title=kind.replace("_", " "), title_justify="left")
+            rates = Table(
+                _shown(name), "pairs", "errors", "rate", "95 %", title=kind.replace("_", " "), title_justify="left"
+            )
             for group in found[kind]["groups"]:
                 interval = "too few errors to say" if group["too_few"] else f"{group['low']:.1%} to {group['high']:.1%}"
                 rates.add_row(
-                    group["group"], str(group["count"]), str(group["errors"]), f"{group['rate']:.1%}", interval
+                    _shown(group["group"]), str(group["count"]), str(group["errors"]), f"{group['rate']:.1%}", interval
                 )
             tables.append(rates)
     return tables

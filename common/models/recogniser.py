@@ -35,7 +35,7 @@ class _Residual(nn.Module):
 def _cnn(channels: int, width: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for stage in range(_STAGES):
-        layers += [*_unit(channels, width << stage), nn.MaxPool2d(2)]
+        layers += [*_unit(channels, width << stage), nn.MaxPool2d(2, ceil_mode=True)]
         channels = width << stage
     return layers
 
@@ -62,7 +62,7 @@ class Recogniser(nn.Module):
         attributes: Mapping[str, int],
     ) -> None:
         super().__init__()
-        side = image_size >> _STAGES
+        side = -(-image_size >> _STAGES)  # each stage halves, and rounds up
         self.trunk = nn.Sequential(*RECOGNISERS[architecture](channels, width), nn.Flatten(), nn.Dropout(dropout))
         self.embed = nn.Sequential(
             nn.Linear((width << (_STAGES - 1)) * side**2, embedding, bias=False), nn.BatchNorm1d(embedding)
@@ -123,5 +123,6 @@ def embed(network: Recogniser, images: Tensor, batch: int = 256) -> Tensor:
     return torch.cat(found)
 
 
-# Each makes the convolutions from the number of colours and the width: (B, C, S, S) -> (B, 8 * width, S / 16, S / 16).
+# Each makes the convolutions from the number of colours and the width: (B, C, S, S) -> (B, 8 * width, S / 16, S / 16),
+# rounded up.
 RECOGNISERS: dict[str, Callable[[int, int], list[nn.Module]]] = {"cnn": _cnn, "resnet": _resnet}

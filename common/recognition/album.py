@@ -112,8 +112,8 @@ class Pairs:
         return np.unique(np.concatenate([self.first, self.second]))
 
 
-def read_pairs(path: Path, files: Sequence[str]) -> tuple[Pairs, int]:
-    """A list in the manner of LFW's pairs.txt (Huang et al. 2007), and how many of its pairs name a file that is not there.
+def read_pairs(path: Path, files: Sequence[str]) -> tuple[Pairs, list[int]]:
+    """A list in the manner of LFW's pairs.txt (Huang et al. 2007), and the fold of each pair that names a file that is not there.
 
     First line: how many folds and how many pairs of each kind in each, `10 300`, or only the latter, `300` (one fold). Then, fold by
     fold, `NAME n m` (the n-th and m-th photograph of one person) and `NAME n OTHER m`. A photograph is NAME/NAME_000n with
@@ -123,14 +123,17 @@ def read_pairs(path: Path, files: Sequence[str]) -> tuple[Pairs, int]:
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         numbers = [int(word) for word in lines[0]]
         folds, each = (1, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
+        if min(folds, each) < 1:
+            raise ValueError(f"its first line is {' '.join(lines[0])}")
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{path} is no list of pairs ({error}): see http://vis-www.cs.umass.edu/lfw") from error
     if len(lines) - 1 != 2 * folds * each:
         raise DataError(
             f"{path} says {folds} folds of 2 x {each} pairs and has {len(lines) - 1} lines of pairs: is it whole?"
         )
-    places = {PurePosixPath(file).with_suffix("").as_posix(): place for place, file in enumerate(files)}
+    places = {PurePosixPath(file).with_suffix("").as_posix(): place for place, file in enumerate(files) if file}
     found: list[tuple[int, int, bool, int]] = []
+    missing: list[int] = []
     for number, words in enumerate(lines[1:]):
         try:
             one, other = (words[0], words[1]), (words[0], words[2]) if len(words) == 3 else (words[2], words[3])
@@ -141,11 +144,13 @@ def read_pairs(path: Path, files: Sequence[str]) -> tuple[Pairs, int]:
             ) from None
         if pair[0] is not None and pair[1] is not None:
             found.append((pair[0], pair[1], len(words) == 3, number // (2 * each) + 1))
+        else:
+            missing.append(number // (2 * each) + 1)
     if not found:
         near = nearest(f"{lines[1][0]}/{lines[1][0]}_{int(lines[1][1]):04d}", list(places))
         raise DataError(f"none of the {len(lines) - 1} pairs of {path} has both its photographs in the data{near}")
     first, second, same, fold = (np.array(column) for column in zip(*found, strict=True))
-    return Pairs(first, second, same, fold), len(lines) - 1 - len(found)
+    return Pairs(first, second, same, fold), missing
 
 
 def draw_pairs(persons: np.ndarray, rng: np.random.Generator, per_person: int = 10) -> Pairs:

@@ -32,8 +32,8 @@ def prepare(
 ) -> Prepared:
     """Divide the album and add what `config.use` asks for.
 
-    generator: needed unless use is `none`. labels: (N,) int64, what a conditional generator is to be asked for, for each
-    photograph of the album (use = variation). Raises ConfigError, and DataError where too few are left.
+    generator: needed unless use is `none`. labels: (N,) int64, the generator's condition for each photograph of the album: what
+    variations are asked for, and what balance evens out. Raises ConfigError, and DataError where too few are left.
     """
     if (config.use == "none") != (generator is None):
         raise ConfigError(
@@ -47,9 +47,13 @@ def prepare(
     places = many[~kept]
     train = album.subset(places)
     lesson, told = lesson_of(train.faces, config), f"{len(train.files)} photographs of {len(train.names)} persons"
-    unlabelled = None
+    unlabelled, own = None, None if labels is None else labels[places]
+    classes = generator.model.num_classes if generator is not None else 0
+    if classes and own is not None and own.max(initial=0) >= classes:
+        raise ConfigError(
+            f"label {own.max()} is not one of the generator's {classes}: name --label-values in the order of its own"
+        )
     if generator is not None and config.use == "variation":
-        own = None if labels is None else labels[places]
         if generator.model.num_classes and own is None:
             raise ConfigError(
                 "the generator is conditional: name the attribute that it is conditional on with --label-column"
@@ -58,6 +62,17 @@ def prepare(
             generator, as_generated(train.faces.images, generator), own, config.variations, config.spread, config.seed
         )
         lesson, told = with_variations(lesson, as_wanted(faces, config), of), f"{told}, {len(of)} variations of them"
+    elif generator is not None and config.use == "balance":
+        if not generator.model.num_classes or own is None:
+            raise ConfigError(
+                "use = balance takes a generator that is conditional on an attribute, and that attribute of the photographs: name it "
+                "with --label-column, and its values with --label-values"
+            )
+        rare = _missing(own, train.persons, generator.model.num_classes)
+        if len(rare):
+            faces, whose = synthetic_persons(generator, len(rare), config.variations, config.spread, config.seed, rare)
+            lesson = with_persons(lesson, as_wanted(faces, config), whose)
+        told = f"{told}, {len(rare)} synthetic persons of the rarer groups"
     elif generator is not None and config.use == "identities":
         faces, whose = synthetic_persons(generator, config.synthetic, config.variations, config.spread, config.seed)
         lesson = with_persons(lesson, as_wanted(faces, config), whose)
@@ -72,6 +87,14 @@ def prepare(
     if held is not None:
         told += f"; {len(held)} photographs of {held.num_persons} {'other' if config.goal == 'verify' else 'of these'} persons kept"
     return Prepared(lesson, held, unlabelled, train.names, told)
+
+
+def _missing(labels: np.ndarray, persons: np.ndarray, classes: int) -> np.ndarray:
+    """The labels of the persons who would make every label as common as the commonest, (M,) int64. A person's is that of the
+    first photograph."""
+    _, first = np.unique(persons, return_index=True)
+    counts = np.bincount(labels[first], minlength=classes)
+    return np.repeat(np.arange(classes), counts.max() - counts)
 
 
 def _kept(persons: np.ndarray, config: RecognitionConfig, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A trained recogniser: embeds faces, names persons, says whether two photographs are of one."""
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,8 @@ class TrainedRecogniser:
             rest = {key: told[key] for key in ("threshold", "figure", "epochs", "seconds", "names")}
             found = cls(config, network, tensors["prototypes"], classes, **rest)
         except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
-            raise CheckpointError(f"{folder / FILE_NAME} is damaged ({error}): train it anew") from error
+            short = textwrap.shorten(str(error), 200)  # torch names every tensor, in a line each
+            raise CheckpointError(f"{folder / FILE_NAME} is damaged ({short}): train it anew") from error
         network.to(pick_device()).eval().requires_grad_(False)
         return found
 

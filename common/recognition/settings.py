@@ -12,7 +12,7 @@ from common.sections import AUGMENTATIONS, CHANNELS, DETECT, IMAGE_SIZES, Augmen
 
 LOSSES = ("softmax", "cosface", "arcface")
 GOALS = ("verify", "identify")
-USES = ("none", "pretrain", "identities", "variation")
+USES = ("none", "pretrain", "identities", "balance", "variation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ class RecognitionConfig:
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:
         """From flat keys. Raises ConfigError on an unknown key or a value of another type."""
+        require(isinstance(flat, Mapping), f"{flat!r} are no options of a recogniser: give keys with values")
         fields = {key: name for name, key in keys_of(cls)}
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         unknown = sorted(flat.keys() - fields.keys())

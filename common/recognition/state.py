@@ -2,6 +2,7 @@
 
 import errno
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,17 @@ def load_state(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.op
                 slots.setdefault(int(number), {})[slot] = value
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} does not fit this training ({error}): begin anew under another name") from error
+        short = textwrap.shorten(str(error), 200)  # torch names every tensor, in a line each
+        raise CheckpointError(f"{path} does not fit this training ({short}): begin anew under another name") from error
     return told
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], told: dict[str, Any]) -> None:
-    """Tensors, and JSON in the header. Raises CheckpointError."""
+    """Tensors, and JSON in the header, for the owner's eyes alone: they remember photographs. Raises CheckpointError."""
     # Weights in channels_last are saved as what they are: safetensors wants them contiguous.
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        write_atomically(path, save(whole, {"visard": json.dumps(told)}))
+        write_atomically(path, save(whole, {"visard": json.dumps(told)}), private=True)
     except OSError as error:
         full = (
             "; the disk is full: make room, the training goes on from its last epoch"

@@ -24,19 +24,21 @@ _STEPS, _RATE, _PRIOR = 200, 0.05, 1e-3
 
 
 def synthetic_persons(
-    generator: TrainedGenerator, persons: int, each: int, spread: float, seed: int
+    generator: TrainedGenerator, persons: int, each: int, spread: float, seed: int, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`each` faces of `persons` synthetic persons: images (N, C, S, S) uint8 and whose each is (N,) int64, person after person.
 
     Face k of a person p has the latent sqrt(1 - spread^2) z_p + spread e_pk, all standard normal: as likely a latent as any. Of a
-    conditional generator each person has one label, in turn. spread: in [0, 1]; at 1 nothing is in common but the label.
+    conditional generator each person has one label: of `labels` (persons,) int64, else in turn. spread: in [0, 1]; at 1 nothing
+    is in common but the label.
     """
     rng = torch.Generator().manual_seed(seed)
     dim, classes = generator.model.latent_dim, generator.model.num_classes
     centres = torch.randn(persons, dim, generator=rng).repeat_interleave(each, 0)
     latents = (1 - spread**2) ** 0.5 * centres + spread * torch.randn(persons * each, dim, generator=rng)
     whose = torch.arange(persons).repeat_interleave(each)
-    return _draw(generator, latents, whose % classes if classes else None), whose.numpy()
+    asked = whose % max(classes, 1) if labels is None else torch.from_numpy(labels)[whose]
+    return _draw(generator, latents, asked if classes else None), whose.numpy()
 
 
 def variations_of(

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from common.augmentation import Augmentation, step_randomness
 from common.device import half_precision, pick_device
-from common.errors import ConfigError, DataError
+from common.errors import CheckpointError, ConfigError, DataError
 from common.evaluation.verification import best_threshold, verification_figures
 from common.faces import FaceDataset
 from common.models import initialise
@@ -65,6 +65,10 @@ def train_recogniser(
     """
     course = _Course(lesson, config, kept)
     first = load_state(checkpoint, course.modules, course.optimizer) if checkpoint and checkpoint.exists() else {}
+    if first and first.get("config") != config.to_flat():
+        raise CheckpointError(
+            f"{checkpoint} does not fit this training (other options): begin anew under another name, or take its own"
+        )
     course.resume(first)
     began = time.monotonic() - float(first.get("seconds", 0.0))
     stages: list[tuple[str, int, Callable[[int], float]]] = [("train", config.epochs, course.epoch)]
@@ -78,11 +82,16 @@ def train_recogniser(
             done[stage] += 1
             figure = course.validate() if stage == "train" and kept is not None else None
             if checkpoint:
-                told = {**done, **course.told, "seconds": time.monotonic() - began}
+                told = {**done, **course.told, "config": config.to_flat(), "seconds": time.monotonic() - began}
                 save_state(checkpoint, course.modules, course.optimizer, told)
             if observer:
                 observer(stage, done[stage], epochs, loss, figure)
     return course.finished(done["train"], time.monotonic() - began)
+
+
+def steps_an_epoch(count: int, config: RecognitionConfig) -> int:
+    """Steps in which `count` faces are gone through once, in batches as near to config.batch as can be."""
+    return max(1, round(count / config.batch))
 
 
 class _Course:
@@ -120,7 +129,7 @@ class _Course:
         """Places of each batch's faces, the randomness of its step, and how far the stage is, in [0, 1)."""
         rng = np.random.default_rng([self.config.seed, stage, epoch])
         order = torch.from_numpy(rng.permutation(count))
-        steps = max(1, count // self.config.batch)
+        steps = steps_an_epoch(count, self.config)
         epochs = self.config.pretrain_epochs if stage else self.config.epochs
         return [(order[step::steps], rng, (epoch * steps + step) / (epochs * steps)) for step in range(steps)]
 
@@ -261,7 +270,9 @@ def _loss(config: RecognitionConfig, persons: int, rng: torch.Generator) -> nn.M
             persons, config.embedding, margin=float(np.degrees(config.margin)), scale=config.scale
         ),
     }
-    loss = kinds[config.loss]()
+    # The library draws weights from the global random numbers; they are not kept.
+    with torch.random.fork_rng(devices=[]):
+        loss = kinds[config.loss]()
     with torch.no_grad():
         loss.W.copy_(torch.randn(config.embedding, persons, generator=rng))  # type: ignore[operator]
     return loss
