@@ -64,7 +64,15 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 CONFIGS = {
     "orl": RecognitionConfig(
-        image_size=64, channels=1, network="cnn", width=16, batch=32, goal="identify", validation=0.0, epochs=60
+        image_size=64,
+        channels=1,
+        network="cnn",
+        width=16,
+        batch=32,
+        goal="identify",
+        validation=0.0,
+        epochs=60,
+        augment="flip,crop,rotation,colour,erase",  # these faces are not levelled
     ),
     "lfw": RecognitionConfig(detect="largest", crop=0.7, epochs=30),
 }

@@ -16,12 +16,12 @@ from common.applications.generate import TrainedGenerator
 from common.device import pick_device
 from common.errors import DataError
 from common.evaluation.fairness import RatesByGroup, accuracy_by_group
-from common.evaluation.fidelity import Fidelity, measure_fidelity
-from common.evaluation.groups import halves, tell_groups, too_small
+from common.evaluation.fidelity import FEWEST, Fidelity, measure_fidelity
+from common.evaluation.groups import halves, hard_to_tell, tell_groups, too_small
 from common.evaluation.membership import Estimate, auc, clopper_pearson, gan_leaks_scores, tpr_at_fpr
 from common.evaluation.networks import FeatureNetwork
 from common.evaluation.representation import Distances, Shares, distance_by_group, shares
-from common.evaluation.utility import CLASSIFIERS, synthetic_accuracy
+from common.evaluation.utility import CLASSIFIERS, equal_steps, synthetic_accuracy
 from common.faces import FaceDataset
 from common.faces.gallery import nearest
 
@@ -32,18 +32,22 @@ NOTE = (
 FPR = 0.001
 # Faces of either side that are looked up for the nearest.
 MAX_LOOKED_UP = 5000
+# Of the reference and of a holdout: the AUC of 20 and 20 is known to some 0.2 either way, that of fewer says nothing.
+MIN_TOLD_APART = 20
 
 
 @dataclass(frozen=True)
 class Utility:
     """A classifier's accuracy, and its interval over the test images. taught_on: 'synthetic', 'reference' or both; tested_on:
-    'reference' or 'holdout'; taught, tested: images. commonest: the accuracy of always saying the test images' commonest label.
+    'reference' or 'holdout'; taught, tested: images. steps: of the training, as many for all. commonest: the accuracy of always
+    saying the test images' commonest label.
     """
 
     classifier: str
     taught_on: str
     tested_on: str
     taught: int
+    steps: int
     tested: int
     accuracy: Estimate
     commonest: float
@@ -55,9 +59,9 @@ class Fairness:
 
     left_out: groups of fewer than two persons, by which no classifier can be judged, and the images of each; they count as
     unknown below. taught, judged: reference faces from which the group classifier learned, and others by which it was judged.
-    classifier: its own errors by true group. told: the share of each group among the faces it was judged by, as it says
-    itself: where that leans, so do the generated faces' shares. shares, distances: of generated faces, whose groups it says,
-    beside the reference's, whose groups are given.
+    classifier: its own errors by true group. shares: of generated faces, whose groups it says, beside what it says of the faces
+    it was judged by, and the whole reference's, whose groups are given. distances: of those it says
+    are of a group to those given as of it.
     """
 
     attribute: str
@@ -65,7 +69,6 @@ class Fairness:
     taught: int
     judged: int
     classifier: RatesByGroup
-    told: dict[str, float]
     shares: Shares
     distances: Distances
 
@@ -184,6 +187,10 @@ def check(
     for side, faces in (("reference", reference), ("holdout", holdout)):
         if faces is None:
             continue
+        least = FEWEST if holdout is None else MIN_TOLD_APART
+        if len(faces) < least:
+            what = "5 nearest neighbours take" if holdout is None else "to tell reference and holdout apart takes"
+            raise DataError(f"{len(faces)} {side} images: {what} {least} or more of each")
         if faces.images.shape[1:] != shape:
             raise DataError(f"{side} images are {faces.images.shape[1:]}, the run's {shape}: cut them alike")
         if model.num_classes and faces.labels is not None and int(faces.labels.max()) >= model.num_classes:
@@ -222,6 +229,7 @@ def _utility(made: Faces, real: Faces, holdout: Faces | None, seed: int, tell: C
     if holdout is not None:
         taught |= {"reference": real, "reference + synthetic": _joined(real, made)}
     tested_on, test = ("reference", real) if holdout is None else ("holdout", holdout)
+    steps = equal_steps(max(len(faces.images) for faces in taught.values()))
     found = []
     for classifier in CLASSIFIERS:
         for taught_on, faces in taught.items():
@@ -229,12 +237,14 @@ def _utility(made: Faces, real: Faces, holdout: Faces | None, seed: int, tell: C
                 raise ValueError("faces without labels")
             tell(f"utility: {classifier} taught on {taught_on}")
             share = synthetic_accuracy(
-                faces.images, faces.labels, test.images, test.labels, seed=seed, classifier=classifier
+                faces.images, faces.labels, test.images, test.labels, seed=seed, steps=steps, classifier=classifier
             )
             tests = len(test.images)
             accuracy = clopper_pearson(round(share * tests), tests)
             commonest = int(test.labels.bincount().max()) / tests
-            found.append(Utility(classifier, taught_on, tested_on, len(faces.images), tests, accuracy, commonest))
+            found.append(
+                Utility(classifier, taught_on, tested_on, len(faces.images), steps, tests, accuracy, commonest)
+            )
     return found
 
 
@@ -263,8 +273,7 @@ def _fairness(
         len(learned),
         len(judged),
         accuracy_by_group(of_judged, groups[judged], groups[judged], seed=seed),
-        {group: float((of_judged == group).mean()) for group in np.unique(groups[judged]).tolist()},
-        shares(of_made, groups, seed=seed),
+        shares(of_made, groups, of_judged, hard_to_tell=hard_to_tell(of_judged, groups[judged]), seed=seed),
         distance_by_group(made, of_made, real, groups, network, seed=seed),
     )
 

@@ -120,8 +120,9 @@ def evaluate(
         )
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "evaluation.json", (json.dumps(to_json(found), indent=2) + "\n").encode())
-    write_atomically(folder / "evaluation.md", to_markdown(found).encode())
+    # Told by the photographs, and the folder of a run is passed on.
+    write_atomically(folder / "evaluation.json", (json.dumps(to_json(found), indent=2) + "\n").encode(), private=True)
+    write_atomically(folder / "evaluation.md", to_markdown(found).encode(), private=True)
     for section in sections(found):
         console.print(_table(section))
         console.print(escape(section.remark), highlight=False, style="dim")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.evaluation.fairness import TOO_FEW, GroupRates
+from common.evaluation.groups import MAX_WRONG
 from common.evaluation.membership import Estimate
 from simulations.evaluate import FPR, NOTE, Evaluation, Fairness, Memorisation
 
@@ -34,7 +35,7 @@ def to_markdown(found: Evaluation) -> str:
     page = [
         f"# Evaluation of {found.run}",
         "",
-        f"Promised by the run: {found.promise}.",
+        f"Promised by the run: {found.promise.rstrip('.')}.",
         "",
         _compared(found),
         "",
@@ -94,10 +95,16 @@ def _utility(found: Evaluation) -> Section:
         )
         for each in found.utility
     )
+    first = found.utility[0]
     remark = (
-        "Accuracy on real faces of classifiers taught on synthetic ones; the interval is over the test faces alone. Always saying "
-        f"the commonest label is right in {found.utility[0].commonest:.1%}."
+        f"Accuracy on the {first.tested_on}'s faces of classifiers that were taught on others, each for {first.steps:,} steps; the "
+        f"interval is over the test faces alone. Always saying the commonest label is right in {first.commonest:.1%}."
     )
+    if first.tested_on == "reference":
+        remark += (
+            " No --holdout was given: where the run learned from the reference, as it usually did, its faces may repeat those that "
+            "are tested, and the accuracy on new faces may be lower."
+        )
     return Section("Utility", remark, ("classifier", "taught on", "faces", "tested on", "accuracy % [95 %]"), rows)
 
 
@@ -108,9 +115,9 @@ def _representation(found: Fairness) -> Section:
         (
             each.group,
             _share(each.reference),
-            f"{100 * found.told.get(each.group, 0):.1f}",
+            _share(each.reference_as_told),
             _share(each.generated),
-            each.told,
+            "classifier errs too often" if each.hard_to_tell else each.told,
             "too few" if frechet[each.group] is None else f"{frechet[each.group]:.4g}",
         )
         for each in shares.groups
@@ -122,7 +129,9 @@ def _representation(found: Fairness) -> Section:
     )
     remark = (
         "The classifier below says the group of a generated face; nothing is corrected for its errors. 'As told' is what it says of "
-        f"{found.judged:,} reference faces: where that is not the reference's share, it leans. Distance on {distances.network}, "
+        f"{found.judged:,} reference faces: where that is not the reference's share, it leans. The verdict is on 'generated' beside 'as "
+        f"told', where the intervals do not meet; there is none for a group of which over {MAX_WRONG:.0%} are told wrongly, or of which "
+        f"over {MAX_WRONG:.0%} of those told are others. Distance on {distances.network}, "
         f"{compared}; a group with fewer than {distances.least} on either side has none. "
         "Intervals take faces for independent: with several photographs of a person they should be wider."
     )
@@ -131,7 +140,7 @@ def _representation(found: Fairness) -> Section:
     if found.left_out:
         few = ", ".join(f"{group!r} ({count})" for group, count in found.left_out.items())
         remark += f" Among them are those of groups of fewer than two persons: {few}."
-    columns = ("group", "reference %", "as told %", "generated %", "", "distance")
+    columns = ("group", "reference %", "as told %", "generated %", "verdict", "distance")
     return Section(f"Fairness by {found.attribute}: who is generated", remark, columns, rows)
 
 

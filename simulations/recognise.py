@@ -69,6 +69,10 @@ def evaluate_verification(
 ) -> dict[str, Any]:
     """Figures on pairs, under disturbances of both photographs, and by group of the persons' attributes."""
     pairs, images = asked.pairs, album.faces.images
+    for name in by:
+        if name not in album.faces.attributes:
+            known = ", ".join(album.faces.attributes) or "none"
+            raise DataError(f"the photographs have no attribute {name!r}: they have {known}")
     scores, figures = verify_pairs(recogniser, images, pairs, threshold)
     told: dict[str, Any] = {"goal": "verify", "missing": asked.missing, **figures}
     if disturbed:
@@ -78,11 +82,14 @@ def evaluate_verification(
             lambda worse: float(verify_pairs(recogniser, worse, moved, threshold)[1]["accuracy"]), images[used], seed=0
         )
     for name in by:
-        first, second = (_attribute(album.faces, name)[places] for places in (pairs.first, pairs.second))
-        inside = first == second
-        told.setdefault("by", {})[name] = asdict(
-            verification_by_group(scores[inside], pairs.same[inside], first[inside], threshold, seed=0)
-        )
+        first, second = (album.faces.attributes[name][places] for places in (pairs.first, pairs.second))
+        # Pairs across groups are of no group, and a group needs pairs of both kinds.
+        groups = np.where(first == second, first, "")
+        few = [g for g in np.unique(groups) if g and len(set(pairs.same[groups == g].tolist())) < 2]
+        groups = np.where(np.isin(groups, few), "", groups)
+        inside = groups != ""
+        found = verification_by_group(scores[inside], pairs.same[inside], groups[inside], threshold, seed=0)
+        told.setdefault("by", {})[name] = {**asdict(found), "left_out": few}
     return told
 
 
@@ -151,7 +158,7 @@ def group(recogniser: TrainedRecogniser, album: Album, threshold: float, out: Pa
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["cluster", "file"])
     writer.writerows(sorted(zip(found.tolist(), album.files, strict=True)))
-    write_atomically(out / "clusters.csv", table.getvalue().encode())
+    write_atomically(out / "clusters.csv", table.getvalue().encode(), private=True)
     blank = np.full(faces.images.shape[1:], 255, np.uint8)
     rows = []
     for number in range(min(_ROWS, int(found.max()) + 1)):
@@ -164,8 +171,8 @@ def group(recogniser: TrainedRecogniser, album: Album, threshold: float, out: Pa
 
 
 def write_figures(path: Path, told: dict[str, Any]) -> None:
-    """Figures as JSON."""
-    write_atomically(path, (json.dumps(told, indent=2) + "\n").encode())
+    """Figures as JSON, for the owner alone: they are computed from photographs."""
+    write_atomically(path, (json.dumps(told, indent=2) + "\n").encode(), private=True)
 
 
 def _photograph(path: Path, recogniser: TrainedRecogniser) -> np.ndarray:
@@ -176,11 +183,3 @@ def _photograph(path: Path, recogniser: TrainedRecogniser) -> np.ndarray:
         return decode(path, FaceOptions(config.image_size, config.channels, config.crop, config.detect))[0]
     except UnreadableImageError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def _attribute(faces: FaceDataset, name: str) -> np.ndarray:
-    if name not in faces.attributes:
-        raise DataError(
-            f"the photographs have no attribute {name!r}: they have {', '.join(faces.attributes) or 'none'}"
-        )
-    return faces.attributes[name]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from common.errors import ConfigError
@@ -18,20 +17,24 @@ from common.fields import listed
 from common.options import with_section_options
 from common.recognition.settings import RecognitionConfig
 from common.sections import FaceSource
-from common.telling import plain
-from server.summary import RUNS_DIR, run_directory
+from server.summary import run_directory
+from simulations.recognise_report import shown_name, tables_of
 
 if TYPE_CHECKING:
     from common.recognition.album import Album
+    from common.recognition.recogniser import TrainedRecogniser
     from common.recognition.training import Observer
 
 console = Console()
 CONFIG, CHECKPOINT = "recognition.json", "checkpoint.safetensors"
+# Not among the runs: of those files are passed on, and of these none.
+FOLDER = Path("recognisers")
 
 Data = Annotated[
     list[str], typer.Option("--data", help="Folder of persons' folders, or another source; again for more")
 ]
-Attributes = Annotated[str, typer.Option("--table", help="CSV of attributes, a row an image, or 'utkface'")]
+Attributes = Annotated[str, typer.Option(help="CSV of attributes, a row an image, or 'utkface'")]
+FileColumn = Annotated[str, typer.Option(help="The CSV's column of file names")]
 PersonColumn = Annotated[str, typer.Option(help="The CSV's column that says who it is")]
 Listed = Annotated[Path | None, typer.Option("--pairs", help="A list of pairs in the manner of LFW's pairs.txt")]
 Folds = Annotated[str, typer.Option(help="Folds of that list, comma-separated; empty: all")]
@@ -41,7 +44,8 @@ Run = Annotated[Path, typer.Argument(help="Folder of a trained recogniser")]
 
 def _train(
     data: Data,
-    table: Attributes = "",
+    attributes: Attributes = "",
+    file_column: FileColumn = "file",
     person_column: PersonColumn = "",
     generator: Annotated[
         Path | None, typer.Option(help="Folder of a finished run: where synthetic faces come from")
@@ -58,7 +62,7 @@ def _train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted training, with its options")
     ] = False,
-    runs_dir: Annotated[Path, typer.Option(help="Folder of all runs")] = RUNS_DIR,
+    runs_dir: Annotated[Path, typer.Option(help="Folder of all recognisers")] = FOLDER,
     overrides: dict[str, Any] | None = None,
 ) -> None:
     """Train a recogniser on photographs, alone or with synthetic faces beside them.
@@ -67,13 +71,19 @@ def _train(
     """
     folder = run_directory(runs_dir, name)
     config = _config(folder, overrides or {}, resume)
+    if pairs is None:
+        _ignored("names folds of --pairs, and there is none", folds=folds)
+    if config.use not in ("variation", "balance"):
+        _ignored(f"says nothing with use = {config.use}", label_column=label_column, label_values=label_values)
+    elif not label_column:
+        _ignored("are values of --label-column, and there is none", label_values=label_values)
     from common.applications.generate import TrainedGenerator
     from common.recognition.preparation import prepare
     from common.recognition.training import train_recogniser
     from simulations.recognise import asked_pairs, without_pairs, write_figures
 
     source = None if generator is None else TrainedGenerator.load(generator)
-    album = _album(data, config, table, person_column)
+    album = _album(config, _sources(data, attributes, file_column, person_column))
     if pairs is not None:
         album = without_pairs(album, asked_pairs(album, pairs, _numbers(folds)))
     labels = _labels(album, label_column, listed(label_values))
@@ -94,9 +104,15 @@ def _train(
             )
     except KeyboardInterrupt:
         command = ["visard", "recognise", "train", *(text for one in data for text in ("--data", one))]
-        given = {"table": table, "person-column": person_column, "generator": generator, "label-column": label_column}
+        given = {
+            "attributes": attributes,
+            "file-column": file_column,
+            "person-column": person_column,
+            "generator": generator,
+            "label-column": label_column,
+        }
         given |= {"label-values": label_values, "pairs": pairs, "folds": folds, "name": name}
-        given |= {"runs-dir": runs_dir if runs_dir != RUNS_DIR else None}
+        given |= {"runs-dir": runs_dir if runs_dir != FOLDER else None}
         command += [text for key, value in given.items() if value for text in (f"--{key}", str(value))]
         told = f"stopped; nothing is lost. Go on with: {shlex.join([*command, '--resume'])}"
         console.print(
@@ -129,7 +145,8 @@ train = with_section_options(_train, RecognitionConfig, "Recogniser")
 def evaluate(
     run: Run,
     data: Data,
-    table: Attributes = "",
+    attributes: Attributes = "",
+    file_column: FileColumn = "file",
     person_column: PersonColumn = "",
     pairs: Listed = None,
     folds: Folds = "",
@@ -151,10 +168,19 @@ def evaluate(
     )
 
     recogniser = TrainedRecogniser.load(run)
-    album = _album(data, recogniser.config, table, person_column)
+    album = _album(recogniser.config, _sources(data, attributes, file_column, person_column))
+    verifying = recogniser.config.goal == "verify" or pairs is not None
+    if pairs is None:
+        _ignored("names folds of --pairs, and there is none", folds=folds)
+    if not verifying:
+        _ignored("is for a recogniser trained to verify", by=by, threshold=threshold)
+    known = len(set(album.names) & set(recogniser.names))
+    if known and verifying:
+        note = f"it was trained on {known} of these {len(album.names)} persons, and the figures flatter it"
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
     with console.status("measuring"):
-        if recogniser.config.goal == "verify" or pairs is not None:
-            limit = recogniser.needed_threshold() if threshold is None else threshold
+        if verifying:
+            limit = _limit(recogniser, threshold)
             asked = asked_pairs(album, pairs, _numbers(folds), seed)
             told = evaluate_verification(recogniser, album, asked, limit, listed(by), robust)
         else:
@@ -162,7 +188,7 @@ def evaluate(
         if recogniser.classes:
             told["attributes"] = evaluate_attributes(recogniser, album.faces)
     write_figures(run / "evaluation.json", told)
-    for shown in _tables(told):
+    for shown in tables_of(told):
         console.print(shown)
     console.print(f"all figures: {run / 'evaluation.json'}", highlight=False, markup=False, soft_wrap=True)
 
@@ -172,10 +198,9 @@ def identify(
     photographs: Annotated[list[Path], typer.Argument(help="Photographs of one face each")],
     most: Annotated[int, typer.Option(min=1, help="How many names for each")] = 3,
 ) -> None:
-    """Say which of the persons it was trained on are on photographs.
+    """Say which of the persons it was trained on are likeliest on photographs.
 
-    A person it does not know is given the likeliest name all the same: where it was trained to verify, a cosine under its threshold
-    is told as a stranger.
+    Whoever it does not know is given the likeliest name all the same.
     """
     from common.recognition.recogniser import TrainedRecogniser
     from simulations.recognise import identify as find
@@ -184,10 +209,7 @@ def identify(
     shown = Table("photograph", "person", "cosine")
     for path, found in zip(photographs, find(recogniser, photographs, most), strict=True):
         for place, (name, cosine) in enumerate(found):
-            stranger = place == 0 and recogniser.threshold is not None and cosine < recogniser.threshold
-            if stranger:
-                shown.add_row(_shown(path.name), "[dim]a stranger to it[/]", "")
-            shown.add_row("" if place or stranger else _shown(path.name), _shown(name), f"{cosine:.3f}")
+            shown.add_row("" if place else shown_name(path.name), shown_name(name), f"{cosine:.3f}")
     console.print(shown)
 
 
@@ -202,7 +224,7 @@ def verify(
     from simulations.recognise import compare
 
     recogniser = TrainedRecogniser.load(run)
-    limit = recogniser.needed_threshold() if threshold is None else threshold
+    limit = _limit(recogniser, threshold)
     cosine = compare(recogniser, one, other)
     verdict = "one person" if cosine >= limit else "two persons"
     console.print(f"{verdict}: cosine {cosine:.3f}, one person from {limit:.3f}", highlight=False)
@@ -211,6 +233,9 @@ def verify(
 def cluster(
     run: Run,
     data: Data,
+    attributes: Attributes = "",
+    file_column: FileColumn = "file",
+    person_column: PersonColumn = "",
     threshold: Threshold = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to", show_default="RUN/clusters")] = None,
 ) -> None:
@@ -220,11 +245,12 @@ def cluster(
     from simulations.recognise import group
 
     recogniser = TrainedRecogniser.load(run)
-    limit = recogniser.needed_threshold() if threshold is None else threshold
+    limit = _limit(recogniser, threshold)
     folder = out or run / "clusters"
     for source in data:
         refuse_among(folder, source)
-    told = group(recogniser, _album(data, recogniser.config), limit, folder)
+    album = _album(recogniser.config, _sources(data, attributes, file_column, person_column))
+    told = group(recogniser, album, limit, folder)
     shown = Table(show_header=False)
     for key, value in told.items():
         what = "photographs" if key == "count" else key.replace("_", " ")
@@ -259,6 +285,8 @@ def _config(folder: Path, overrides: dict[str, Any], resume: bool) -> Recognitio
 
     if (folder / FILE_NAME).exists():
         raise ConfigError(f"{folder} holds a finished recogniser: give another --name")
+    if (folder / "config.toml").exists():
+        raise ConfigError(f"{folder} holds a run, whose files are passed on: give another --name or --runs-dir")
     if not resume:
         if (folder / CHECKPOINT).exists():
             raise ConfigError(
@@ -275,12 +303,17 @@ def _config(folder: Path, overrides: dict[str, Any], resume: bool) -> Recognitio
         raise ConfigError(f"nothing to resume in {folder}: {error}") from error
 
 
-def _album(data: Sequence[str], config: RecognitionConfig, table: str = "", person_column: str = "") -> "Album":
+def _sources(data: Sequence[str], attributes: str, file_column: str, person_column: str) -> list[FaceSource]:
+    return [
+        FaceSource(data=one, attributes=attributes, file_column=file_column, person_column=person_column)
+        for one in data
+    ]
+
+
+def _album(config: RecognitionConfig, sources: Sequence[FaceSource]) -> "Album":
     from rich.progress import track
 
     from common.recognition.album import read_album
-
-    sources = [FaceSource(data=one, attributes=table, person_column=person_column) for one in data]
 
     def bar(pictures: Sequence[Any]) -> Any:
         return track(pictures, "reading the faces", console=console, transient=True, disable=not console.is_terminal)
@@ -303,6 +336,22 @@ def _labels(album: "Album", column: str, values: Sequence[str]) -> Any:
     if unknown:
         raise ConfigError(f"{column} has the values {', '.join(unknown)}, which --label-values does not name")
     return np.array([place[value] for value in album.faces.attributes[column].tolist()])
+
+
+def _limit(recogniser: "TrainedRecogniser", threshold: float | None) -> float:
+    """The threshold given, or the recogniser's own. Raises ConfigError."""
+    if threshold is None:
+        return recogniser.needed_threshold()
+    if not -1 <= threshold <= 1:
+        raise ConfigError(f"--threshold {threshold:g} is no cosine: give one from -1 to 1")
+    return threshold
+
+
+def _ignored(why: str, **given: object) -> None:
+    """Refuse options that would do nothing."""
+    for name, value in given.items():
+        if value:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}: leave it out")
 
 
 def _numbers(folds: str) -> list[int]:
@@ -337,50 +386,3 @@ def _progress() -> "Iterator[Observer]":
             progress.update(bars[stage], completed=epoch, told=told(loss, figure))
 
         yield move
-
-
-def _shown(name: str) -> str:
-    """A name that others wrote, as it is."""
-    return escape(plain(name))
-
-
-def _tables(told: dict[str, Any]) -> list[Table]:
-    """What was measured, for people."""
-    main = Table(show_header=False)
-    if told["goal"] == "verify":
-        low, high = told["accuracy_interval"]
-        main.add_row("pairs", f"{told['pairs']}, {told['genuine']} of one person")
-        if told["missing"]:
-            main.add_row("pairs without their photographs", str(told["missing"]))
-        main.add_row(
-            "accuracy", f"{told['accuracy']:.1%} [{low:.1%}, {high:.1%}] at a cosine of {told['threshold']:.3f}"
-        )
-        main.add_row("area under the ROC", f"{told['auc']:.3f}")
-        for far, rate in told["tar_at_far"].items():
-            main.add_row(
-                f"accepted rightly where {far:g} are wrongly", "too few pairs to say" if rate is None else f"{rate:.1%}"
-            )
-    else:
-        main.add_row("photographs", f"{told['photographs']}, and {told['strangers']} of strangers left out")
-        for rank, share in told["ranks"].items():
-            main.add_row(f"among the first {rank}" if rank > 1 else "recognised", f"{share:.1%}")
-    for name, share in told.get("attributes", {}).items():
-        main.add_row(f"{_shown(name)} told rightly", f"{share:.1%}")
-    tables = [main]
-    if "robustness" in told:
-        worse = Table("disturbance", "weak", "middle", "strong")
-        for name, shares in told["robustness"].items():
-            worse.add_row(name, *(f"{share:.1%}" for share in shares))
-        tables.append(worse)
-    for name, found in told.get("by", {}).items():
-        for kind in ("false_match", "false_non_match"):
-            rates = Table(
-                _shown(name), "pairs", "errors", "rate", "95 %", title=kind.replace("_", " "), title_justify="left"
-            )
-            for group in found[kind]["groups"]:
-                interval = "too few errors to say" if group["too_few"] else f"{group['low']:.1%} to {group['high']:.1%}"
-                rates.add_row(
-                    _shown(group["group"]), str(group["count"]), str(group["errors"]), f"{group['rate']:.1%}", interval
-                )
-            tables.append(rates)
-    return tables

@@ -61,7 +61,7 @@ class RatesByGroup:
 
 
 @dataclass(frozen=True)
-class Verification:
+class VerificationByGroup:
     """Both errors of a face matcher at one threshold."""
 
     threshold: float
@@ -85,7 +85,7 @@ class GapAdded:
 
 def verification_by_group(
     scores: np.ndarray, same: np.ndarray, groups: np.ndarray, threshold: float, *, seed: int
-) -> Verification:
+) -> VerificationByGroup:
     """False match rate (pairs of two persons with score >= threshold) and false non-match rate (pairs of one person below it).
 
     scores: (N,) finite, higher for more alike; same: (N,) bool; groups: (N,) text, the group of both faces of a pair: pairs
@@ -102,7 +102,7 @@ def verification_by_group(
             raise DataError(f"group {without[0]!r} has 0 {kind}, a rate takes 1 or more: add some, or leave it out")
     rng = np.random.default_rng(seed)
     accepted = scores >= threshold
-    return Verification(
+    return VerificationByGroup(
         threshold, _rates(accepted[~same], groups[~same], rng), _rates(~accepted[same], groups[same], rng)
     )
 

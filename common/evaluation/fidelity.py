@@ -26,6 +26,8 @@ from common.evaluation.networks import FeatureNetwork, drawn_network, random_net
 MAX_NEIGHBOURS = 5000
 # Of the published use of the four.
 _NEAREST = 5
+# Images of either side with fewer of which there are no figures.
+FEWEST = _NEAREST + 2
 _KERNEL_SUBSETS, _KERNEL_SUBSET_SIZE = 20, 1000
 _BATCH = 100
 
@@ -80,8 +82,8 @@ def measure_fidelity(
     for name, images in (("generated", generated), ("reference", reference)):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise DataError(f"{name} images are {images.dtype} {tuple(images.shape)}: give uint8 (N, 1 or 3, S, S)")
-        if len(images) < _NEAREST + 2:
-            raise DataError(f"{len(images)} {name} images: {_NEAREST} nearest neighbours take {_NEAREST + 2} or more")
+        if len(images) < FEWEST:
+            raise DataError(f"{len(images)} {name} images: {_NEAREST} nearest neighbours take {FEWEST} or more")
     network = network or drawn_network()
     real, fake = (_features(network, images) for images in (reference, generated))
     random = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ Generated faces carry no word of who they are, so a classifier says it, and is w
 its own errors, on faces that it did not learn from, go beside whatever it says. Nothing is weighted or corrected.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ from common.models import build_initialised, initialise
 MAX_GROUPS = 20
 _BATCH, _TEST_BATCH = 64, 1000
 _LEARNING_RATE = 2e-3
+# The share of a group's faces that may be told wrongly, and of those told to be of it that may be others.
+MAX_WRONG = 0.3
 # Whichever is more steps: a few hundred faces are gone through often.
 _EPOCHS, _STEPS = 5, 300
 
@@ -29,16 +32,20 @@ def too_small(groups: np.ndarray, persons: np.ndarray | None) -> dict[str, int]:
     images of each. groups, persons: as there.
     """
     known = np.flatnonzero(groups != "")
-    _, first = np.unique(known if persons is None else persons[known], return_index=True)
-    names, images = np.unique(groups[known], return_counts=True)
-    units = [int((groups[known[first]] == name).sum()) for name in names]
+    names, of, images = np.unique(groups[known], return_inverse=True, return_counts=True)
+    units = images
+    if persons is not None:
+        # A person whose photographs are of several groups (with glasses and without) is one of each.
+        pairs = np.unique(np.stack([of, persons[known]], 1), axis=0)
+        units = np.bincount(pairs[:, 0], minlength=len(names))
     return {str(name): int(count) for name, count, own in zip(names, images, units, strict=True) if own < 2}
 
 
 def halves(groups: np.ndarray, persons: np.ndarray | None, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices to learn from and those to judge by, of groups (N,) text, each group about halved; none of '' in either.
 
-    persons: (N,) int64, so that no person is in both halves; None where they are not known, and each image counts as one.
+    persons: (N,) int64, so that no person is in both halves; None where they are not known, and each image counts as one. Who is
+    of several groups is dealt out by the first photograph's, and changes sides where another group would be on one side alone.
     Raises DataError for fewer than two groups, more than MAX_GROUPS, or a group that does not reach into both halves.
     """
     names = two_or_more(groups)
@@ -51,15 +58,45 @@ def halves(groups: np.ndarray, persons: np.ndarray | None, *, seed: int) -> tupl
     for name in names:
         own = rng.permutation(np.flatnonzero(groups[known[first]] == name))
         to_learn[own[: -(-len(own) // 2)]] = True
+    present = np.zeros((len(first), len(names)), dtype=bool)
+    present[unit, np.searchsorted(names, groups[known])] = True
+    _reach_both(to_learn, present)
     learned, judged = known[to_learn[unit]], known[~to_learn[unit]]
-    for name in names:
+    for place, name in enumerate(names):
         if not ((groups[learned] == name).any() and (groups[judged] == name).any()):
             who = "image" if persons is None else "person"
             raise DataError(
-                f"group {name!r} has {int((groups == name).sum())} images and cannot be halved by {who}: it takes 2 {who}s or "
-                "more to learn from one and judge by another; add some, or leave the group out"
+                f"group {name!r} has {int((groups == name).sum())} images, of {int(present[:, place].sum())} {who}(s), and cannot be "
+                f"halved by {who}: it takes 2 {who}s or more to learn from one and judge by another; add some, or leave the group out"
             )
     return learned, judged
+
+
+def _reach_both(to_learn: np.ndarray, present: np.ndarray) -> None:
+    """Bring each group to both sides, in place, by who can change sides without taking another group from one.
+
+    to_learn: (U,) bool; present: (U, G) bool, who has images of which group.
+    """
+    for group, learning in itertools.product(range(present.shape[1]), (True, False)):
+        if (present[:, group] & (to_learn == learning)).any():
+            continue
+        for unit in np.flatnonzero(present[:, group]):
+            others = present[to_learn != learning].sum(0) - present[unit]
+            if (others[present[unit]] > 0).all():
+                to_learn[unit] = learning
+                break
+
+
+def hard_to_tell(said: np.ndarray, truth: np.ndarray) -> set[str]:
+    """The groups of `truth` of which `said` is wrong too often to take its word: of more than MAX_WRONG of their images, or
+    where more than MAX_WRONG of those that it says are of the group are not. Both text (N,), of images not learned from.
+    """
+    found = set()
+    for name in np.unique(truth).tolist():
+        right = int(((said == name) & (truth == name)).sum())
+        if right < (1 - MAX_WRONG) * max(int((truth == name).sum()), int((said == name).sum())):
+            found.add(name)
+    return found
 
 
 def tell_groups(images: Tensor, groups: np.ndarray, others: Sequence[Tensor], *, seed: int) -> list[np.ndarray]:

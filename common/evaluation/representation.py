@@ -4,7 +4,7 @@ Intervals are percentiles of bootstraps that take faces for independent: several
 theirs should be wider. The group '' means unknown; its faces are left out, and counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +22,18 @@ _BATCH = 100
 
 @dataclass(frozen=True)
 class GroupShare:
-    """A group's share of the generated and of the reference faces. told: 'rarer' or 'more frequent' among the generated
-    where the intervals do not meet, else ''.
+    """A group's share of the generated faces, as a classifier says, and of the reference, as given and as the classifier says.
+
+    told: 'rarer' or 'more frequent' among the generated, where what the classifier says of the two has intervals that do not
+    meet, else ''. hard_to_tell: the classifier is wrong of the group too often to tell either.
     """
 
     group: str
     generated: Estimate
     reference: Estimate
+    reference_as_told: Estimate
     told: str
+    hard_to_tell: bool
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,37 @@ class Distances:
     groups: tuple[GroupDistance, ...]
 
 
-def shares(generated_groups: np.ndarray, reference_groups: np.ndarray, *, seed: int) -> Shares:
+def shares(
+    generated_groups: np.ndarray,
+    reference_groups: np.ndarray,
+    told_groups: np.ndarray,
+    *,
+    hard_to_tell: Collection[str] = (),
+    seed: int,
+) -> Shares:
     """Who is among the generated faces, beside who is among the reference: text (N,) and (M,).
 
-    What says the group of a generated face is itself wrong now and then, which no interval here holds. Raises DataError
-    for fewer than two groups in all, or a side of which no group is known.
+    told_groups: text (K,), what the classifier that told generated_groups says of reference faces that it did not learn from.
+    The generated faces are compared with these: beside the given groups a lean of the classifier would be told as one of the
+    generator. That it errs alike on generated and on reference faces is taken for granted. hard_to_tell: groups of which it is
+    wrong too often (`groups.hard_to_tell`), which get no verdict. Raises DataError for fewer than two groups in all, or a side
+    of which no group is known.
     """
     known = []
-    for name, column in (("generated", generated_groups), ("reference", reference_groups)):
+    for name, column in (
+        ("generated", generated_groups),
+        ("reference", reference_groups),
+        ("told", told_groups),
+    ):
         if column.dtype.kind != "U" or column.ndim != 1 or not (column != "").any():
             raise DataError(f"{name} groups are {column.dtype} {column.shape}, none of them known: give text (N,)")
         known.append(column[column != ""])
     rng, found = np.random.default_rng(seed), []
     for group in two_or_more(np.concatenate(known)):
-        made, real = (proportion(int((side == group).sum()), len(side), rng) for side in known)
-        told = "rarer" if made.high < real.low else "more frequent" if made.low > real.high else ""
-        found.append(GroupShare(group, made, real, told))
+        made, real, said = (proportion(int((side == group).sum()), len(side), rng) for side in known)
+        told = "rarer" if made.high < said.low else "more frequent" if made.low > said.high else ""
+        hard = group in hard_to_tell
+        found.append(GroupShare(group, made, real, said, "" if hard else told, hard))
     left_out = (int((column == "").sum()) for column in (generated_groups, reference_groups))
     return Shares(tuple(found), len(known[0]), len(known[1]), *left_out)
 

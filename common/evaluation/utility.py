@@ -5,7 +5,8 @@ figure in the tables of differentially private image generation (Cao et al. 2021
 CNN, an MLP and logistic regression).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from common.models import build_initialised, initialise
 _BATCH = 128
 _TEST_BATCH = 1000
 _LEARNING_RATE = 2e-3
+_EPOCHS = 5
+# 5 epochs of a few hundred images are a handful of steps, from which nothing is learned.
+_LEAST_STEPS = 300
 
 
 def _cnn(image_size: int, channels: int, num_classes: int) -> nn.Module:
@@ -47,6 +51,13 @@ def _logistic(image_size: int, channels: int, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, num_classes))
 
 
+def equal_steps(most: int) -> int:
+    """Steps that teach well whichever of several sets it is, of which the largest has `most` images: 5 epochs of that one, and 300
+    at least. Without them a larger set teaches longer, and seems to be the better for it.
+    """
+    return max(_LEAST_STEPS, _EPOCHS * (most // _BATCH))
+
+
 def synthetic_accuracy(
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -54,19 +65,23 @@ def synthetic_accuracy(
     test_labels: torch.Tensor,
     *,
     seed: int,
-    epochs: int = 5,
+    epochs: int = _EPOCHS,
+    steps: int | None = None,
     classifier: str = "cnn",
 ) -> float:
     """Share, 0 to 1, of the test images that a small classifier trained on `images` alone labels rightly.
 
     images, test_images: (N, C, S, S) uint8, or float in [-1, 1]; labels: (N,) int64 from 0. classifier: one of CLASSIFIERS,
-    all trained alike. The test set plays no part in the training: the number of epochs is fixed and nothing is selected. On
+    all trained alike. steps: of 128 images (all, where there are fewer), in place of `epochs`, to compare sets of unlike sizes
+    (`equal_steps`). The test set plays no part in the training: its length is fixed and nothing is selected. On
     real test images the result is a figure about private data unless the set is public: it is for trials and benchmarks, not
     for a coordinator's log. Arithmetic is bfloat16 on a CPU too; the initial weights and the order come from `seed`. Raises
-    DataError on unlike shapes and on fewer than 2 images, ConfigError on another classifier.
+    DataError on unlike shapes and on fewer than 2 images, ConfigError on another classifier or fewer than 1 step.
     """
     if classifier not in CLASSIFIERS:
         raise ConfigError(f"classifier {classifier!r}: choose one of {', '.join(CLASSIFIERS)}")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps = {steps}: give 1 or more, or None to count in epochs")
     _check(images, labels, test_images, test_labels)
     generator = torch.Generator().manual_seed(seed)
     num_classes = int(max(labels.max(), test_labels.max())) + 1
@@ -76,19 +91,18 @@ def synthetic_accuracy(
     # Batches come as channels_last; the weights follow at the first convolution.
     model = model.to(images.device)
     batches = len(images) // _BATCH or 1
+    total_steps = epochs * batches if steps is None else steps
     optimizer = torch.optim.Adam(model.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_LEARNING_RATE, total_steps=epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_LEARNING_RATE, total_steps=total_steps)
     device = images.device.type
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for batch in order.tensor_split(batches):
-            with torch.autocast(device, torch.bfloat16):
-                logits = model(_as_input(images[batch]))
-            loss = F.cross_entropy(logits.float(), labels[batch])
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
+    for batch in islice(_batches(len(images), generator, whole=steps is not None), total_steps):
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(_as_input(images[batch]))
+        loss = F.cross_entropy(logits.float(), labels[batch])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
     model.eval()
     right = 0
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -97,6 +111,16 @@ def synthetic_accuracy(
         ):
             right += int((model(_as_input(batch)).argmax(dim=1) == truth).sum())
     return right / len(test_images)
+
+
+def _batches(count: int, generator: torch.Generator, *, whole: bool) -> Iterator[torch.Tensor]:
+    """Indices of batches without end, in a new order each epoch. whole: of _BATCH images each, what is left over sitting an epoch
+    out; else an epoch is parted evenly, into batches of _BATCH images or somewhat more.
+    """
+    batches = count // _BATCH or 1
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order.split(_BATCH)[:batches] if whole else order.tensor_split(batches)
 
 
 def _as_input(images: torch.Tensor) -> torch.Tensor:

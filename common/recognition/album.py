@@ -9,9 +9,11 @@ import numpy as np
 
 from common.errors import DataError
 from common.faces import FaceDataset, load_faces
+from common.faces.attributes import read_table
 from common.faces.cache import cache_folder
 from common.faces.gallery import Track, nearest, untracked
 from common.faces.loading import FILE
+from common.faces.places import name_of
 from common.recognition.settings import RecognitionConfig
 from common.sections import FaceSource
 
@@ -48,7 +50,8 @@ class Album:
 def read_album(sources: Sequence[FaceSource], config: RecognitionConfig, track: Track = untracked) -> Album:
     """The faces of one source or several as the recogniser wants them; equal names of persons are one person.
 
-    A person is named by the folder, else by a number. What cannot be used is warned of. Raises DataError.
+    A person is named by the table's column or by the folder; where there is neither, by the source and a number, which mean the
+    same person in that source alone. What cannot be used is warned of. Raises DataError.
     """
     parts = []
     for source in sources:
@@ -58,34 +61,37 @@ def read_album(sources: Sequence[FaceSource], config: RecognitionConfig, track: 
         )
         attributes = dict(faces.attributes)
         files = attributes.pop(FILE).tolist()
-        parts.append((dataclasses.replace(faces, attributes=attributes), files))
-    known = {faces.persons is not None for faces, _ in parts}
+        parts.append(
+            (dataclasses.replace(faces, attributes=attributes), files, _person_names(faces.persons, files, source))
+        )
+    known = {faces.persons is not None for faces, _, _ in parts}
     if len(known) > 1:
         raise DataError("some of the folders say who is on each photograph and others do not: name one kind")
-    columns = set.intersection(*(set(faces.attributes) for faces, _ in parts))
+    columns = set.intersection(*(set(faces.attributes) for faces, _, _ in parts))
     names: dict[str, int] = {}
-    persons: list[int] = []
-    for number, (faces, files) in enumerate(parts):
-        if faces.persons is not None:
-            persons += [names.setdefault(name, len(names)) for name in _person_names(faces.persons, files, number)]
+    persons = [names.setdefault(name, len(names)) for _, _, whose in parts for name in whose]
     faces = FaceDataset(
-        np.concatenate([faces.images for faces, _ in parts]),
+        np.concatenate([faces.images for faces, _, _ in parts]),
         np.array(persons, dtype=np.int64) if persons else None,
         None,
-        {name: np.concatenate([faces.attributes[name] for faces, _ in parts]) for name in sorted(columns)},
+        {name: np.concatenate([faces.attributes[name] for faces, _, _ in parts]) for name in sorted(columns)},
     )
-    return Album(faces, [file for _, files in parts for file in files], list(names))
+    return Album(faces, [file for _, files, _ in parts for file in files], list(names))
 
 
-def _person_names(persons: np.ndarray, files: Sequence[str], source: int) -> list[str]:
-    """The folder of each person's first photograph where all of theirs lie there, and nobody else's; else `person K`."""
+def _person_names(persons: np.ndarray | None, files: Sequence[str], source: FaceSource) -> list[str]:
+    """The name of the person on each photograph; none where persons are not known."""
+    if persons is None:
+        return []
+    if source.person_column:
+        table = read_table(Path(source.attributes).expanduser().absolute(), source.file_column)
+        return table.column(source.person_column, files)
     folders: dict[int, set[str]] = {}
     for person, file in zip(persons.tolist(), files, strict=True):
         folders.setdefault(person, set()).add(PurePosixPath(file).parent.as_posix())
     single = {person: next(iter(found)) for person, found in folders.items() if len(found) == 1}
     by_folder = len(set(single.values())) == len(folders) and not {".", ""} & set(single.values())
-    prefix = f"source {source + 1}, " if source else ""
-    return [single[person] if by_folder else f"{prefix}person {person}" for person in persons.tolist()]
+    return [single[person] if by_folder else f"{name_of(source.data)}, person {person}" for person in persons.tolist()]
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,11 @@ def read_pairs(path: Path, files: Sequence[str]) -> tuple[Pairs, list[int]]:
     any ending. files: those of an album. Raises DataError where the list is missing or damaged, or none of its pairs is there.
     """
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8").rstrip()
+        lines = [line.split() for line in text.splitlines()]
         numbers = [int(word) for word in lines[0]]
         folds, each = (1, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
-        if min(folds, each) < 1:
+        if min(folds, each) < 1 or len(numbers) > 2:
             raise ValueError(f"its first line is {' '.join(lines[0])}")
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{path} is no list of pairs ({error}): see http://vis-www.cs.umass.edu/lfw") from error

@@ -44,6 +44,10 @@ def prepare(
     if not len(many):
         raise DataError(f"nobody has {config.smallest} photographs: lower --smallest")
     kept = _kept(album.persons[many], config, rng)
+    if config.goal == "verify" and kept.any() and np.bincount(album.persons[many[kept]]).max() < 2:
+        raise DataError(
+            "nobody who is kept for validation has two photographs: raise --smallest to 2, or set --validation 0"
+        )
     places = many[~kept]
     train = album.subset(places)
     lesson, told = lesson_of(train.faces, config), f"{len(train.files)} photographs of {len(train.names)} persons"

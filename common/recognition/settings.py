@@ -42,7 +42,7 @@ class RecognitionConfig:
     lr: float = option(2e-3, "highest learning rate of AdamW; rises over the first 15 %, then falls as a cosine")
     weight_decay: float = option(5e-4, "of AdamW")
     augment: str = option(
-        "flip,crop,rotation,colour,erase",
+        "flip,rotation,colour,erase",
         f"done to what is trained on, comma-separated, of {', '.join(AUGMENTATIONS)}; empty: nothing",
     )
     goal: str = option(
@@ -53,7 +53,7 @@ class RecognitionConfig:
     validation: float = option(
         0.1, "share of the persons (verify), or of each person's photographs (identify), kept for validation"
     )
-    attributes: str = option("", "attributes to learn beside who it is, comma-separated, such as gender,race")
+    learn_attributes: str = option("", "attributes to learn beside who it is, comma-separated, such as gender,race")
     attribute_weight: float = option(0.5, "of their cross-entropy in the loss")
     use: str = option("none", f"what synthetic faces are for: {', '.join(USES)}")
     synthetic: int = option(
@@ -89,8 +89,8 @@ class RecognitionConfig:
 
     @property
     def attribute_names(self) -> list[str]:
-        """`attributes`, parsed."""
-        return listed(self.attributes)
+        """`learn_attributes`, parsed."""
+        return listed(self.learn_attributes)
 
     def to_flat(self) -> dict[str, Any]:
         """Flat keys."""

@@ -6,8 +6,6 @@ photograph is found by descent in the latent space (`variations_of`), at the pho
 private as the photograph.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,7 +46,6 @@ def variations_of(
     each: int,
     spread: float,
     seed: int,
-    track: "Iterable[int] | None" = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`each` faces near every photograph: images (N * each, C, S, S) uint8 and the photograph (N * each,) each is near to.
 
@@ -63,8 +60,7 @@ def variations_of(
         )
     rng = torch.Generator().manual_seed(seed)
     found = []
-    starts = track if track is not None else range(0, len(images), _BATCH)
-    for start in starts:
+    for start in range(0, len(images), _BATCH):
         few = slice(start, start + _BATCH)
         some = None if labels is None else torch.from_numpy(labels[few])
         found.append(_invert(generator, torch.from_numpy(images[few]), some, rng))

@@ -9,6 +9,7 @@ persons who play no part in the training.
 Nothing here is private: a recogniser trained on photographs remembers them, and stays with their owner.
 """
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +65,14 @@ def train_recogniser(
     bit as without an interruption, on the same machine. Raises ConfigError, DataError, CheckpointError.
     """
     course = _Course(lesson, config, kept)
+    asked = {"config": config.to_flat(), "learned_from": _digest(lesson, kept, unlabelled)}
     first = load_state(checkpoint, course.modules, course.optimizer) if checkpoint and checkpoint.exists() else {}
-    if first and first.get("config") != config.to_flat():
-        raise CheckpointError(
-            f"{checkpoint} does not fit this training (other options): begin anew under another name, or take its own"
-        )
+    for name, value in asked.items() if first else ():
+        if first.get(name) != value:
+            what = "other options" if name == "config" else "other faces"
+            raise CheckpointError(
+                f"{checkpoint} does not fit this training ({what}): begin anew under another name, or take its own"
+            )
     course.resume(first)
     began = time.monotonic() - float(first.get("seconds", 0.0))
     stages: list[tuple[str, int, Callable[[int], float]]] = [("train", config.epochs, course.epoch)]
@@ -82,11 +86,26 @@ def train_recogniser(
             done[stage] += 1
             figure = course.validate() if stage == "train" and kept is not None else None
             if checkpoint:
-                told = {**done, **course.told, "config": config.to_flat(), "seconds": time.monotonic() - began}
+                told = {**done, **course.told, **asked, "seconds": time.monotonic() - began}
                 save_state(checkpoint, course.modules, course.optimizer, told)
             if observer:
                 observer(stage, done[stage], epochs, loss, figure)
     return course.finished(done["train"], time.monotonic() - began)
+
+
+def _digest(lesson: Lesson, kept: FaceDataset | None, unlabelled: Tensor | None) -> str:
+    """SHA-256 of all that is learned from and validated on."""
+    found = hashlib.sha256()
+    tensors = [
+        lesson.images,
+        lesson.persons,
+        *lesson.attributes.values(),
+        *([] if unlabelled is None else [unlabelled]),
+    ]
+    arrays = [] if kept is None else [kept.images, *([] if kept.persons is None else [kept.persons])]
+    for array in (*(tensor.numpy() for tensor in tensors), *arrays):
+        found.update(repr(array.shape).encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def steps_an_epoch(count: int, config: RecognitionConfig) -> int:
@@ -208,8 +227,7 @@ class _Pretraining:
     """Faces without names: two views of one are to be nearer than views of others (Chen et al. 2020, "SimCLR": NT-Xent)."""
 
     def __init__(self, course: _Course, images: Tensor, config: RecognitionConfig) -> None:
-        from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
-
+        losses = metric_learning()
         if not course.augmentation.is_random:
             raise ConfigError(
                 "use = pretrain without augment: two views of a face would be the same; name augmentations"
@@ -219,7 +237,7 @@ class _Pretraining:
                 f"synthetic = {len(images)} faces, and batch = {config.batch}: draw more, or use a smaller batch"
             )
         self.course, self.images = course, images
-        self.loss = SelfSupervisedLoss(NTXentLoss(temperature=0.2))
+        self.loss = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.2))
 
     def epoch(self, epoch: int) -> float:
         """One pass over the faces; the mean loss."""
@@ -252,6 +270,17 @@ def prototypes(loss: nn.Module, real: int) -> Tensor:
     return functional.normalize(weights.detach().T[:real]).cpu()
 
 
+def metric_learning() -> Any:
+    """The library of losses. Raises DataError where it is not installed."""
+    try:
+        from pytorch_metric_learning import losses
+    except ImportError as error:
+        raise DataError(
+            f"a recogniser is trained with pytorch-metric-learning ({error}): pip install 'visard[evaluation]'"
+        ) from error
+    return losses
+
+
 def _rate(share: float) -> float:
     """The learning rate's share of its highest, after this share of the steps."""
     if share < _WARM_UP:
@@ -260,8 +289,7 @@ def _rate(share: float) -> float:
 
 
 def _loss(config: RecognitionConfig, persons: int, rng: torch.Generator) -> nn.Module:
-    from pytorch_metric_learning import losses
-
+    losses = metric_learning()
     kinds: dict[str, Callable[[], nn.Module]] = {
         "softmax": lambda: losses.NormalizedSoftmaxLoss(persons, config.embedding, temperature=1 / config.scale),
         "cosface": lambda: losses.CosFaceLoss(persons, config.embedding, margin=config.margin, scale=config.scale),

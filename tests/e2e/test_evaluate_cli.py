@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import visard as command
-from common.evaluation import groups
+from common.evaluation import groups, utility
 from common.faces import FaceDataset, FaceOptions, procedural_faces
 from common.pictures import save_png
 from simulations.evaluate import NOTE
@@ -42,6 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def visard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Terminal:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(groups, "_STEPS", 10)
+    monkeypatch.setattr(utility, "_LEAST_STEPS", 10)
     app = command.build()
     if not any(each.name == "evaluate" for each in app.registered_commands):
         app.command("evaluate")(evaluate)
@@ -67,6 +68,11 @@ def test_a_run_is_judged_in_every_way(visard: Terminal, runs: dict[str, Path]) -
     taught = {"synthetic": 60, "reference": 60, "reference + synthetic": 120}
     assert {each["taught_on"]: each["taught"] for each in found["utility"]} == taught
     assert {(each["tested_on"], each["tested"]) for each in found["utility"]} == {("holdout", 20)}
+    assert {each["steps"] for each in found["utility"]} == {10}, "all arms are taught as long"
+    assert "Accuracy on the holdout's faces of classifiers that were taught on others, each for 10 steps" in page
+    assert "No --holdout was given" not in page
+    for name in ("evaluation.json", "evaluation.md"):
+        assert (run / name).stat().st_mode & 0o777 == 0o600, "a run's folder is passed on"
 
     glasses, hair = found["fairness"]
     faces = procedural_faces(range(30), 2, FaceOptions(28, 1), 0).attributes
@@ -77,7 +83,14 @@ def test_a_run_is_judged_in_every_way(visard: Terminal, runs: dict[str, Path]) -
         real = {group: float((column == group).mean()) for group in np.unique(column)}
         assert {s["group"]: s["reference"]["value"] for s in each["shares"]["groups"]} == pytest.approx(real)
         assert sum(s["generated"]["value"] for s in each["shares"]["groups"]) == pytest.approx(1)
-        assert sum(each["told"].values()) == pytest.approx(1)
+        assert sum(s["reference_as_told"]["value"] for s in each["shares"]["groups"]) == pytest.approx(1)
+        hard = {
+            rate["group"]
+            for rate, s in zip(each["classifier"]["groups"], each["shares"]["groups"], strict=True)
+            if s["hard_to_tell"]
+        }
+        assert {r["group"] for r in each["classifier"]["groups"] if r["rate"] > groups.MAX_WRONG} <= hard
+        assert not any(s["told"] for s in each["shares"]["groups"] if s["hard_to_tell"])
         assert each["taught"] + each["judged"] == len(column)
         assert sum(g["count"] for g in each["classifier"]["groups"]) == each["judged"]
         assert {g["frechet"] for g in each["distances"]["groups"]} == {None}, "193 faces would be needed"
@@ -91,8 +104,10 @@ def test_a_run_is_judged_in_every_way(visard: Terminal, runs: dict[str, Path]) -
         assert f"## {title}" in page
         assert title in out
     assert NOTE in page
+    assert "For public data only.\n" in page
     assert NOTE in out
     assert "too few to say" in page
+    assert "| classifier errs too often |" in page, "after 10 steps"
     widths = {line.count("|") for line in page.split("## Utility")[1].split("##")[0].splitlines() if line}
     assert widths == {0, 6}
     again, _, _ = visard("evaluate", run, "--reference", REFERENCE, "--holdout", HOLDOUT, *more)
@@ -124,6 +139,7 @@ def test_synthetic_faces_are_tried_on_the_reference_without_a_holdout(
     assert "name --label-column" in read(run)[0]["skipped"]["utility"], "a card does not say how faces were read"
     assert visard(*arguments, "--label-column", "glasses", "--label-values", "no,yes")[0] == 0
     found = read(run)[0]["utility"]
+    assert "No --holdout was given: where the run learned from the reference" in read(run)[1]
     assert {(each["taught_on"], each["tested_on"], each["taught"]) for each in found} == {
         ("synthetic", "reference", 20)
     }
@@ -154,8 +170,11 @@ def test_a_mistake_is_told_in_a_line(visard: Terminal, runs: dict[str, Path], tm
     faces.save(tmp_path / "large.npz")
     few, small = tmp_path / "few.npz", procedural_faces(range(20, 30), 1, FaceOptions(28, 1), 0).images
     FaceDataset(small[:4]).save(few)
-    FaceDataset(small[4:], labels=np.arange(6)).save(tmp_path / "classes.npz")
-    FaceDataset(small[4:], labels=np.arange(6) % 2).save(tmp_path / "right.npz")
+    FaceDataset(small, labels=np.arange(10)).save(tmp_path / "classes.npz")
+    many = procedural_faces(range(20, 70), 1, FaceOptions(28, 1), 0).images
+    FaceDataset(many[:20], labels=np.arange(20) % 2).save(tmp_path / "right.npz")
+    FaceDataset(many[20:40]).save(tmp_path / "bare.npz")
+    FaceDataset(many[40:42]).save(tmp_path / "two.npz")
     run, reference = runs["labelled"], ["--reference", REFERENCE]
     unlabelled = ["--label-column", "", "--label-values", ""]
     cases: list[tuple[list[object], str, str]] = [
@@ -163,12 +182,22 @@ def test_a_mistake_is_told_in_a_line(visard: Terminal, runs: dict[str, Path], tm
         ([run, "--reference", tmp_path / "nowhere"], "DataError", "check the path"),
         ([run, "--reference", tmp_path / "empty", *unlabelled], "DataError", "empty"),
         ([run, "--reference", tmp_path / "large.npz", *unlabelled], "DataError", "holds images of 32 pixels"),
-        ([run, "--reference", few, *unlabelled], "DataError", "4 reference images"),
+        (
+            [run, "--reference", few, *unlabelled],
+            "DataError",
+            "4 reference images: 5 nearest neighbours take 7 or more",
+        ),
+        ([run, *reference, "--holdout", tmp_path / "two.npz", *unlabelled], "DataError", "2 holdout images: to tell"),
+        (
+            [run, "--reference", tmp_path / "classes.npz", "--holdout", tmp_path / "bare.npz", *unlabelled],
+            "DataError",
+            "10 reference images: to tell reference and holdout apart takes 20 or more of each",
+        ),
         ([run, *reference, "--by", "glases"], "DataError", "it has hair, beard, glasses; did you mean 'glasses'?"),
         ([run, *reference, "--holdout", REFERENCE], "DataError", "60 of the holdout's 60 images are in the reference"),
-        ([run, "--reference", tmp_path / "classes.npz", *unlabelled], "DataError", "go up to 5, the run's to 1"),
+        ([run, "--reference", tmp_path / "classes.npz", *unlabelled], "DataError", "go up to 9, the run's to 1"),
         (
-            [run, "--reference", tmp_path / "right.npz", "--holdout", few, *unlabelled],
+            [run, "--reference", tmp_path / "right.npz", "--holdout", tmp_path / "bare.npz", *unlabelled],
             "DataError",
             "the holdout has none",
         ),
@@ -178,6 +207,8 @@ def test_a_mistake_is_told_in_a_line(visard: Terminal, runs: dict[str, Path], tm
         ([run, *reference, "--out", few], "ConfigError", "--out names a folder"),
     ]
     for arguments, kind, told in cases:
-        assert_one_line(visard("evaluate", *arguments, "--synthetic", 10), kind, told)
+        result = visard("evaluate", *arguments, "--synthetic", 10)
+        assert_one_line(result, kind, told)
+        assert "drawing" not in result[1], "refused before a face is drawn"
     code, _, err = visard("evaluate", run, *reference, "--synthetic", 2)
     assert (code, "--synthetic" in err) == (2, True)

@@ -69,10 +69,10 @@ def test_persons_of_a_column(tmp_path: Path) -> None:
     table.write_text("\n".join(rows))
     album = album_of(tmp_path / "faces", attributes=str(table), person_column="who")
     assert album.persons.tolist() == [0, 1, 0, 2, 2]
-    assert album.names == ["person 0", "person 1", "person 2"], "they lie in no folders of their own"
+    assert album.names == ["x", "y", "z"]
     assert album.faces.attributes["hair"].tolist() == list("abaab")
     assert set(album.faces.attributes) == {"hair"}
-    # Beside another source only what both say is kept, and numbers of two tables are not one person's.
+    # Beside another source only what both say is kept, and who is called the same is one person.
     photograph(tmp_path / "more" / "0.png", 9)
     photograph(tmp_path / "more" / "1.png", 10)
     (tmp_path / "more.csv").write_text("file,who,age\n0.png,x,3\n1.png,x,4")
@@ -81,8 +81,8 @@ def test_persons_of_a_column(tmp_path: Path) -> None:
         for name, csv in (("faces", "who.csv"), ("more", "more.csv"))
     ]
     both = read_album(sources, CONFIG)
-    assert both.names == ["person 0", "person 1", "person 2", "source 2, person 0"]
-    assert both.persons.tolist() == [0, 1, 0, 2, 2, 3, 3]
+    assert both.names == ["x", "y", "z"]
+    assert both.persons.tolist() == [0, 1, 0, 2, 2, 0, 0]
     assert dict(both.faces.attributes) == {}
 
 
@@ -104,7 +104,8 @@ def test_who_is_on_them_is_asked_only_where_it_is_needed(tmp_path: Path) -> None
 def test_faces_without_files_have_persons_all_the_same() -> None:
     album = read_album([FaceSource(data="procedural:persons=3,images=2")], CONFIG)
     assert album.files == [""] * 6
-    assert album.names == ["person 0", "person 1", "person 2"]
+    # Numbers mean the same persons in the same source alone.
+    assert album.names == [f"procedural:persons=3,images=2, person {number}" for number in range(3)]
     assert album.persons.tolist() == [0, 0, 1, 1, 2, 2]
     assert set(album.faces.attributes) == {"hair", "beard", "glasses"}
 

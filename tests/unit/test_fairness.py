@@ -121,7 +121,8 @@ def test_intervals_hold_the_truth_in_about_95_of_100() -> None:
         rates = accuracy_by_group(with_privacy, np.zeros(600, bool), groups, seed=trial)
         added = gap_added(with_privacy, without, groups, seed=trial)
         split = shares(
-            rng.choice(GROUPS, 300, p=[0.6, 0.3, 0.1]), rng.choice(GROUPS, 400, p=[0.2, 0.3, 0.5]), seed=trial
+            *(rng.choice(GROUPS, n, p=p) for n, p in ((300, [0.6, 0.3, 0.1]), (400, [0.2, 0.3, 0.5]), (9, [1, 0, 0]))),
+            seed=trial,
         )
         inside += [
             rates.groups[0].low <= 0.15 <= rates.groups[0].high,
@@ -178,7 +179,7 @@ def test_a_model_adds_nothing_to_itself() -> None:
 def test_shares_are_counted_and_who_is_rare_is_told() -> None:
     made = np.array(["a"] * 90 + ["b"] * 10 + [""] * 5)
     real = np.array(["a"] * 100 + ["b"] * 90 + ["c"] * 10 + [""] * 3)
-    found = shares(made, real, seed=0)
+    found = shares(made, real, real, seed=0)
     assert [(each.group, each.told) for each in found.groups] == [("a", "more frequent"), ("b", "rarer"), ("c", "")]
     assert [each.generated.value for each in found.groups] == pytest.approx([0.9, 0.1, 0.0])
     assert [each.reference.value for each in found.groups] == pytest.approx([0.5, 0.45, 0.05])
@@ -186,9 +187,24 @@ def test_shares_are_counted_and_who_is_rare_is_told() -> None:
     told = 0
     for trial in range(60):
         rng = np.random.default_rng([7, trial])
-        alike = shares(*(rng.choice(GROUPS, 500, p=[0.5, 0.3, 0.2]) for _ in range(2)), seed=trial)
+        alike = shares(*(rng.choice(GROUPS, 500, p=[0.5, 0.3, 0.2]) for _ in range(3)), seed=trial)
         told += any(each.told for each in alike.groups)
     assert told <= 6
+
+
+def test_a_lean_of_the_classifier_is_not_told_as_one_of_the_generator() -> None:
+    """Half of b are taken for a, of the generated faces and of the judged ones."""
+    rng = np.random.default_rng(8)
+    real = rng.choice(["a", "b"], 2000)
+    made, judged = (np.where(rng.random(len(of)) < 0.5, "a", of) for of in (rng.choice(["a", "b"], 2000), real[::2]))
+    found = shares(made, real, judged, seed=0)
+    assert [each.told for each in found.groups] == ["", ""]
+    assert [each.reference.value > 0.45 for each in found.groups] == [True, True]
+    assert [each.reference_as_told.value for each in found.groups] == pytest.approx([0.75, 0.25], abs=0.05)
+    assert [each.told for each in shares(made, real, real, seed=0).groups] == ["more frequent", "rarer"]
+    unsure = shares(made, real, real, hard_to_tell={"b"}, seed=0)
+    assert [(each.told, each.hard_to_tell) for each in unsure.groups] == [("more frequent", False), ("", True)]
+    assert [each.generated.value for each in unsure.groups] == [each.generated.value for each in found.groups]
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +293,11 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DataError, match=r"1 of 4 scores are not finite"):
         verification_by_group(np.array([0, 1, np.nan, 0]), same, groups, 0.5, seed=0)
     with pytest.raises(DataError, match=r"generated groups are .* none of them known"):
-        shares(of("", ""), groups, seed=0)
+        shares(of("", ""), groups, groups, seed=0)
     with pytest.raises(DataError, match=r"only 'a' is known"):
-        shares(of("a", "a"), of("a"), seed=0)
+        shares(of("a", "a"), of("a"), of("a"), seed=0)
+    with pytest.raises(DataError, match=r"told groups are .* none of them known"):
+        shares(groups, groups, of(""), seed=0)
     images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
     with pytest.raises(DataError, match=r"reference groups are .* one for each of 4"):
         distance_by_group(images, groups, images, groups[:3])

@@ -97,9 +97,9 @@ def test_a_network_that_is_none() -> None:
 
 
 def test_a_configuration_is_what_it_was() -> None:
-    config = small(attributes="gender, race", loss="arcface", margin=0.4, use="variation", patience=3)
+    config = small(learn_attributes="gender, race", loss="arcface", margin=0.4, use="variation", patience=3)
     flat = config.to_flat()
-    assert (flat["image-size"], flat["attributes"]) == (28, "gender, race")
+    assert (flat["image-size"], flat["learn-attributes"]) == (28, "gender, race")
     assert RecognitionConfig.from_flat(flat) == config
     assert config.attribute_names == ["gender", "race"]
     assert RecognitionConfig.from_flat({}) == RecognitionConfig()
@@ -148,7 +148,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
 
 
 def test_every_bound_is_kept() -> None:
-    assert BOUNDS.keys() | {"attributes"} == {field.name for field in dataclasses.fields(RecognitionConfig)}
+    assert BOUNDS.keys() | {"learn_attributes"} == {field.name for field in dataclasses.fields(RecognitionConfig)}
     for name, (good, bad) in BOUNDS.items():
         for value in good:
             assert getattr(RecognitionConfig(**{name: value}), name) == value
@@ -159,7 +159,7 @@ def test_every_bound_is_kept() -> None:
 
 def test_a_lesson_of_photographs() -> None:
     faces = patterns(4, 3)
-    lesson = lesson_of(faces, small(attributes="even,some"))
+    lesson = lesson_of(faces, small(learn_attributes="even,some"))
     assert (lesson.num_persons, lesson.real, lesson.images.shape) == (4, 4, (12, 1, 28, 28))
     assert lesson.classes == {"even": ["no", "yes"], "some": ["a", "b"]}
     assert lesson.attributes["even"].tolist() == [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3
@@ -173,11 +173,11 @@ def test_a_lesson_of_photographs() -> None:
     ]
     for wrong, attributes, told in cases:
         with pytest.raises(DataError, match=told):
-            lesson_of(wrong, small(attributes=attributes))
+            lesson_of(wrong, small(learn_attributes=attributes))
 
 
 def test_synthetic_faces_beside_photographs() -> None:
-    lesson = lesson_of(patterns(3, 2), small(attributes="even"))
+    lesson = lesson_of(patterns(3, 2), small(learn_attributes="even"))
     images = np.full((4, 1, 28, 28), 7, np.uint8)
     more = with_persons(lesson, images, np.array([0, 0, 1, 1]))
     assert more.persons.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
@@ -219,7 +219,7 @@ def test_each_loss_is_its_formula(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"loss": "cosface", "network": "resnet"}, {"loss": "arcface", "attributes": "even"}],
+    [{}, {"loss": "cosface", "network": "resnet"}, {"loss": "arcface", "learn_attributes": "even"}],
     ids=["softmax", "cosface", "arcface"],
 )
 def test_who_is_easy_to_tell_apart_is_told_apart(changes: dict[str, Any]) -> None:
@@ -259,7 +259,7 @@ def test_strangers_are_verified() -> None:
 
 STAGES: dict[str, dict[str, Any]] = {
     "plain": {"validation": 0.0},
-    "dropout and augmentation, attributes": {"dropout": 0.4, "augment": "flip,crop,erase", "attributes": "some"},
+    "dropout and augmentation, attributes": {"dropout": 0.4, "augment": "flip,crop,erase", "learn_attributes": "some"},
     "pretraining, patience": {
         "goal": "verify",
         "use": "pretrain",
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
         {"width": 8},
         {"embedding": 4},
         {"network": "resnet"},
-        {"attributes": "even"},
+        {"learn_attributes": "even"},
         {"channels": 3},
     ]
     for changes in others:
@@ -381,6 +381,9 @@ def test_a_checkpoint_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit this training"):
         train_recogniser(lesson_of(patterns(5, 4), config), None, config, checkpoint=path)
     # Of the same networks, and yet another training.
+    others_faces = dataclasses.replace(given(config)["lesson"], images=given(config)["lesson"].images.flip(3))
+    with pytest.raises(CheckpointError, match=r"does not fit this training \(other faces\): begin anew"):
+        train_recogniser(**{**given(config), "lesson": others_faces}, checkpoint=path)
     for changes in ({"seed": 1}, {"lr": 1e-3}, {"epochs": 2}):
         with pytest.raises(CheckpointError, match=r"does not fit this training \(other options\): begin anew"):
             train_recogniser(**{**given(config), "config": dataclasses.replace(config, **changes)}, checkpoint=path)
@@ -388,7 +391,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
 
 
 def _as(changes: dict[str, Any]) -> dict[str, Any]:
-    return {"lesson": lesson_of(patterns(4, 6), small(**changes))} if "attributes" in changes else {}
+    return {"lesson": lesson_of(patterns(4, 6), small(**changes))} if "learn_attributes" in changes else {}
 
 
 def test_what_cannot_be_trained_on() -> None:
@@ -418,7 +421,7 @@ def test_photographs_of_nothing_do_no_harm(loss: str, grey: int) -> None:
 
 
 def test_a_recogniser_is_read_as_it_was_saved(tmp_path: Path) -> None:
-    config = small(goal="verify", attributes="even", epochs=1, network="resnet")
+    config = small(goal="verify", learn_attributes="even", epochs=1, network="resnet")
     trained = train_recogniser(**given(config))
     trained = dataclasses.replace(trained, names=["Ann", "Ben", "[Cära]", "d/e"])
     trained.save(tmp_path)

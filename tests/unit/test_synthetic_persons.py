@@ -219,13 +219,13 @@ def test_each_use_adds_what_it_says(goal: str, classes: int) -> None:
     assert prepared.unlabelled.dtype == torch.uint8
     assert ", after 6 synthetic faces;" in prepared.told
 
-    prepared = used("identities", attributes="even")
+    prepared = used("identities", learn_attributes="even")
     assert prepared.lesson.persons[count:].tolist() == [persons + number // 2 for number in range(12)]
     assert (prepared.lesson.num_persons, prepared.lesson.real) == (persons + 6, persons)
     assert prepared.lesson.attributes["even"][count:].tolist() == [-1] * 12
     assert ", 12 faces of 6 synthetic persons;" in prepared.told
 
-    prepared = used("variation", attributes="even")
+    prepared = used("variation", learn_attributes="even")
     assert len(prepared.lesson.images) == 3 * count
     of = torch.arange(count).repeat_interleave(2)
     assert torch.equal(prepared.lesson.persons[count:], bare.lesson.persons[of])
@@ -264,7 +264,7 @@ def test_what_cannot_be_prepared_is_told() -> None:
         (few, {"validation": 0.0}, None, None, DataError, "1 person: to tell people apart takes two or more"),
         (whole, {"validation": 0.8}, None, None, DataError, "1 person: to tell"),
         (two, {"validation": 0.9}, None, None, DataError, "0 person: to tell"),
-        (whole, {"attributes": "age"}, None, None, DataError, "there is no attribute 'age': there are even"),
+        (whole, {"learn_attributes": "age"}, None, None, DataError, "there is no attribute 'age': there are even"),
         (
             whole,
             {"goal": "identify", "smallest": 1},

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError, DataError
-from common.evaluation.utility import CLASSIFIERS, synthetic_accuracy
+from common.evaluation.utility import CLASSIFIERS, equal_steps, synthetic_accuracy
 
 
 def _bars(count: int, seed: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +85,35 @@ def test_the_test_set_has_no_part_in_the_training() -> None:
         assert whole == pytest.approx(sum(halves) / 2)
 
 
+def test_sets_of_unlike_sizes_are_taught_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = torch.optim.Adam.step
+
+    def counted(self: torch.optim.Adam) -> None:
+        sizes.append(len(taught))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    test_images, test_labels = _bars(200, 1, 90)
+    found = []
+    for count in (60, 240, 440):
+        taught, labels = _bars(count, 0, 90)
+        arguments = (taught, labels, test_images, test_labels)
+        found.append(synthetic_accuracy(*arguments, seed=0, steps=40, classifier="mlp"))
+    assert [sizes.count(count) for count in (60, 240, 440)] == [40, 40, 40]
+    assert min(found) > 0.95, found
+    sizes.clear()
+    synthetic_accuracy(*arguments, seed=0, classifier="mlp")
+    assert len(sizes) == 5 * (440 // 128), "without steps, 5 epochs"
+
+
+def test_steps_are_5_epochs_of_the_largest_and_some_hundreds_at_least() -> None:
+    assert (equal_steps(440), equal_steps(128 * 60), equal_steps(128 * 100 + 5)) == (300, 300, 500)
+
+
 def test_another_classifier_is_refused() -> None:
     images, labels = _bars(10, 0, 0)
     with pytest.raises(ConfigError, match="choose one of cnn, mlp, logistic"):
         synthetic_accuracy(images, labels, images, labels, seed=0, classifier="forest")
+    with pytest.raises(ConfigError, match="steps = 0: give 1 or more"):
+        synthetic_accuracy(images, labels, images, labels, seed=0, steps=0)
