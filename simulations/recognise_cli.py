@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,21 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import ConfigError
 from common.fields import listed
 from common.options import with_section_options
 from common.recognition.settings import RecognitionConfig
-from common.sections import FaceSource
 from server.summary import run_directory
 from simulations.recognise_report import shown_name, tables_of
 
 if TYPE_CHECKING:
-    from common.recognition.album import Album
-    from common.recognition.recogniser import TrainedRecogniser
     from common.recognition.training import Observer
 
 console = Console()
-CONFIG, CHECKPOINT = "recognition.json", "checkpoint.safetensors"
 # Not among the runs: of those files are passed on, and of these none.
 FOLDER = Path("recognisers")
 
@@ -69,24 +64,35 @@ def _train(
 
     What comes of it remembers the photographs: it is as private as they are, and no noise protects it.
     """
+    from simulations.recognise_input import (
+        CHECKPOINT,
+        CONFIG,
+        album_of,
+        asked_config,
+        fold_numbers,
+        labels_of,
+        refuse_ignored,
+        sources_of,
+    )
+
     folder = run_directory(runs_dir, name)
-    config = _config(folder, overrides or {}, resume)
+    config = asked_config(folder, overrides or {}, resume)
     if pairs is None:
-        _ignored("names folds of --pairs, and there is none", folds=folds)
+        refuse_ignored("names folds of --pairs, and there is none", folds=folds)
     if config.use not in ("variation", "balance"):
-        _ignored(f"says nothing with use = {config.use}", label_column=label_column, label_values=label_values)
+        refuse_ignored(f"says nothing with use = {config.use}", label_column=label_column, label_values=label_values)
     elif not label_column:
-        _ignored("are values of --label-column, and there is none", label_values=label_values)
+        refuse_ignored("are values of --label-column, and there is none", label_values=label_values)
     from common.applications.generate import TrainedGenerator
     from common.recognition.preparation import prepare
     from common.recognition.training import train_recogniser
     from simulations.recognise import asked_pairs, without_pairs, write_figures
 
     source = None if generator is None else TrainedGenerator.load(generator)
-    album = _album(config, _sources(data, attributes, file_column, person_column))
+    album = album_of(config, sources_of(data, attributes, file_column, person_column), console)
     if pairs is not None:
-        album = without_pairs(album, asked_pairs(album, pairs, _numbers(folds)))
-    labels = _labels(album, label_column, listed(label_values))
+        album = without_pairs(album, asked_pairs(album, pairs, fold_numbers(folds)))
+    labels = labels_of(album, label_column, listed(label_values))
     with console.status("preparing what is learned from"):
         prepared = prepare(album, config, source, labels)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -166,22 +172,23 @@ def evaluate(
         evaluate_verification,
         write_figures,
     )
+    from simulations.recognise_input import album_of, fold_numbers, limit_of, refuse_ignored, sources_of
 
     recogniser = TrainedRecogniser.load(run)
-    album = _album(recogniser.config, _sources(data, attributes, file_column, person_column))
+    album = album_of(recogniser.config, sources_of(data, attributes, file_column, person_column), console)
     verifying = recogniser.config.goal == "verify" or pairs is not None
     if pairs is None:
-        _ignored("names folds of --pairs, and there is none", folds=folds)
+        refuse_ignored("names folds of --pairs, and there is none", folds=folds)
     if not verifying:
-        _ignored("is for a recogniser trained to verify", by=by, threshold=threshold)
+        refuse_ignored("is for a recogniser trained to verify", by=by, threshold=threshold)
     known = len(set(album.names) & set(recogniser.names))
     if known and verifying:
         note = f"it was trained on {known} of these {len(album.names)} persons, and the figures flatter it"
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
     with console.status("measuring"):
         if verifying:
-            limit = _limit(recogniser, threshold)
-            asked = asked_pairs(album, pairs, _numbers(folds), seed)
+            limit = limit_of(recogniser, threshold)
+            asked = asked_pairs(album, pairs, fold_numbers(folds), seed)
             told = evaluate_verification(recogniser, album, asked, limit, listed(by), robust)
         else:
             told = evaluate_identification(recogniser, album, robust)
@@ -222,9 +229,10 @@ def verify(
     """Say whether two photographs are of one person."""
     from common.recognition.recogniser import TrainedRecogniser
     from simulations.recognise import compare
+    from simulations.recognise_input import limit_of
 
     recogniser = TrainedRecogniser.load(run)
-    limit = _limit(recogniser, threshold)
+    limit = limit_of(recogniser, threshold)
     cosine = compare(recogniser, one, other)
     verdict = "one person" if cosine >= limit else "two persons"
     console.print(f"{verdict}: cosine {cosine:.3f}, one person from {limit:.3f}", highlight=False)
@@ -243,13 +251,14 @@ def cluster(
     from common.faces.places import refuse_among
     from common.recognition.recogniser import TrainedRecogniser
     from simulations.recognise import group
+    from simulations.recognise_input import album_of, limit_of, sources_of
 
     recogniser = TrainedRecogniser.load(run)
-    limit = _limit(recogniser, threshold)
+    limit = limit_of(recogniser, threshold)
     folder = out or run / "clusters"
     for source in data:
         refuse_among(folder, source)
-    album = _album(recogniser.config, _sources(data, attributes, file_column, person_column))
+    album = album_of(recogniser.config, sources_of(data, attributes, file_column, person_column), console)
     told = group(recogniser, album, limit, folder)
     shown = Table(show_header=False)
     for key, value in told.items():
@@ -275,90 +284,6 @@ def app() -> typer.Typer:
     ):
         found.command(name)(command)
     return found
-
-
-def _config(folder: Path, overrides: dict[str, Any], resume: bool) -> RecognitionConfig:
-    """Of the command line, or of the training that is gone on with."""
-    import json
-
-    from common.recognition.recogniser import FILE_NAME
-
-    if (folder / FILE_NAME).exists():
-        raise ConfigError(f"{folder} holds a finished recogniser: give another --name")
-    if (folder / "config.toml").exists():
-        raise ConfigError(f"{folder} holds a run, whose files are passed on: give another --name or --runs-dir")
-    if not resume:
-        if (folder / CHECKPOINT).exists():
-            raise ConfigError(
-                f"{folder} holds an unfinished training: --resume goes on with it; else give another --name"
-            )
-        return RecognitionConfig.from_flat(overrides)
-    if overrides:
-        raise ConfigError(
-            f"--resume goes on with the options there were: leave out {', '.join(f'--{key}' for key in overrides)}"
-        )
-    try:
-        return RecognitionConfig.from_flat(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"nothing to resume in {folder}: {error}") from error
-
-
-def _sources(data: Sequence[str], attributes: str, file_column: str, person_column: str) -> list[FaceSource]:
-    return [
-        FaceSource(data=one, attributes=attributes, file_column=file_column, person_column=person_column)
-        for one in data
-    ]
-
-
-def _album(config: RecognitionConfig, sources: Sequence[FaceSource]) -> "Album":
-    from rich.progress import track
-
-    from common.recognition.album import read_album
-
-    def bar(pictures: Sequence[Any]) -> Any:
-        return track(pictures, "reading the faces", console=console, transient=True, disable=not console.is_terminal)
-
-    return read_album(sources, config, bar)
-
-
-def _labels(album: "Album", column: str, values: Sequence[str]) -> Any:
-    """What a conditional generator is to be asked for, (N,) int64; None where no attribute is named."""
-    import numpy as np
-
-    if not column:
-        return None
-    if column not in album.faces.attributes:
-        raise ConfigError(
-            f"the photographs have no attribute {column!r}: they have {', '.join(album.faces.attributes) or 'none'}"
-        )
-    place = {value: number for number, value in enumerate(values)}
-    unknown = sorted(set(album.faces.attributes[column].tolist()) - place.keys())
-    if unknown:
-        raise ConfigError(f"{column} has the values {', '.join(unknown)}, which --label-values does not name")
-    return np.array([place[value] for value in album.faces.attributes[column].tolist()])
-
-
-def _limit(recogniser: "TrainedRecogniser", threshold: float | None) -> float:
-    """The threshold given, or the recogniser's own. Raises ConfigError."""
-    if threshold is None:
-        return recogniser.needed_threshold()
-    if not -1 <= threshold <= 1:
-        raise ConfigError(f"--threshold {threshold:g} is no cosine: give one from -1 to 1")
-    return threshold
-
-
-def _ignored(why: str, **given: object) -> None:
-    """Refuse options that would do nothing."""
-    for name, value in given.items():
-        if value:
-            raise ConfigError(f"--{name.replace('_', '-')} {why}: leave it out")
-
-
-def _numbers(folds: str) -> list[int]:
-    try:
-        return [int(word) for word in listed(folds)]
-    except ValueError:
-        raise ConfigError(f"--folds {folds}: give whole numbers, such as 9,10") from None
 
 
 @contextmanager
