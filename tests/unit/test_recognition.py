@@ -15,7 +15,7 @@ from common.faces import FaceDataset
 from common.models.recogniser import RECOGNISERS, build_recogniser, embed
 from common.recognition.lesson import Lesson, lesson_of, with_persons, with_variations
 from common.recognition.recogniser import FILE_NAME, TrainedRecogniser
-from common.recognition.settings import RecognitionConfig
+from common.recognition.settings import NETWORKS, RecognitionConfig
 from common.recognition.state import read_tensors, write_tensors
 from common.recognition.training import _Course, _loss, kept_scores, prototypes, train_recogniser
 
@@ -68,6 +68,10 @@ def assert_same(one: TrainedRecogniser, other: TrainedRecogniser) -> None:
     assert left.keys() == right.keys()
     for key, value in left.items():
         assert torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key], key
+
+
+def test_the_networks_are_those_of_the_registry() -> None:
+    assert tuple(RECOGNISERS) == NETWORKS
 
 
 @pytest.mark.parametrize("size", [28, 32, 64])
