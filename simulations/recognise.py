@@ -14,7 +14,7 @@ from common.errors import DataError
 from common.evaluation.disturbances import robustness
 from common.evaluation.fairness import verification_by_group
 from common.evaluation.identification import cluster, clustering_figures, identification_accuracy
-from common.evaluation.verification import verification_figures
+from common.evaluation.verification import folded_accuracy, verification_figures
 from common.faces import FaceDataset, FaceOptions
 from common.faces.preprocessing import UnreadableImageError, decode
 from common.files import write_atomically
@@ -75,6 +75,9 @@ def evaluate_verification(
             raise DataError(f"the photographs have no attribute {name!r}: they have {known}")
     scores, figures = verify_pairs(recogniser, images, pairs, threshold)
     told: dict[str, Any] = {"goal": "verify", "missing": asked.missing, **figures}
+    kinds = [len(np.unique(pairs.same[pairs.folds == fold])) for fold in np.unique(pairs.folds)]
+    if len(kinds) > 1 and min(kinds) == 2:
+        told["folds"] = folded_accuracy(scores, pairs.same, pairs.folds)._asdict()
     if disturbed:
         used = pairs.photographs
         moved = Pairs(np.searchsorted(used, pairs.first), np.searchsorted(used, pairs.second), pairs.same, pairs.folds)

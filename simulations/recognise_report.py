@@ -23,6 +23,9 @@ def tables_of(told: dict[str, Any]) -> list[Table]:
             main.add_row("pairs without their photographs", str(told["missing"]))
         main.add_row("accuracy", f"{told['accuracy']:.1%} at a cosine of {told['threshold']:.3f}")
         main.add_row("95 %, pairs taken for independent", f"{low:.1%} to {high:.1%}")
+        if "folds" in told:
+            mean, error = told["folds"]["mean"], told["folds"]["standard_error"]
+            main.add_row("each fold at the others' threshold", f"{mean:.1%}, standard error {error:.1%}")
         main.add_row("area under the ROC; equal error", f"{told['auc']:.3f}; {told['eer']:.1%}")
         for far, rate in told["tar_at_far"].items():
             main.add_row(f"true accepts at {far:.1%} false", "too few pairs to say" if rate is None else f"{rate:.1%}")

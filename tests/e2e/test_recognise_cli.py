@@ -117,6 +117,7 @@ def test_it_is_trained_measured_and_asked_who_is_one(visard: Terminal, made: dic
     found = figures(run)
     assert (found["goal"], found["missing"], found["pairs"], found["genuine"]) == ("verify", 1, 5, 2)
     assert found["threshold"] == trained.threshold
+    assert "folds" not in found, "there is one"
     assert set(found["robustness"]) == {"none", "noise", "blur", "jpeg", "occlusion", "resolution"}
     assert found["robustness"]["none"] == [found["accuracy"]]
     told = flowing(out)
@@ -194,8 +195,11 @@ def test_persons_that_it_knows_are_named(visard: Terminal, made: dict[str, Path]
     # For verification a threshold is given, as there were no strangers to choose one on.
     verify = ["recognise", "evaluate", run, "--data", faces, "--pairs", made["pairs.txt"]]
     assert_one_line(visard(*verify), "ConfigError", "trained to identify", "or give --threshold")
-    assert visard(*verify, "--threshold", 0.5)[0] == 0
-    assert figures(run)["missing"] == 2
+    code, out, _ = visard(*verify, "--threshold", 0.5)
+    assert (code, figures(run)["missing"]) == (0, 2)
+    folds = figures(run)["folds"]
+    assert folds["mean"] == pytest.approx(sum(folds["per_fold"]) / 2)
+    assert "each fold at the others' threshold" in flowing(out)
 
 
 def test_persons_of_a_table_are_known_by_their_names(visard: Terminal, made: dict[str, Path]) -> None:

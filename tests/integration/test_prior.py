@@ -522,6 +522,7 @@ def test_it_can_be_seen(tmp_path: Path) -> None:
     assert stages[-1] == ("gradients", 24)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.toml"
     lines = [f"{key} = {json.dumps(value)}" for key, value in TINY.items() if key not in ("data", "num-clients")]
